@@ -1,0 +1,67 @@
+# anyreap, from a fresh clone to a result in one command. `make` alone lists the commands.
+#
+# Each command makes .venv when it is missing or stale, and installs into it only the dependency groups
+# that it needs ([dependency-groups] in pyproject.toml). Another interpreter, beside the usual one:
+#     make test PYTHON=python3.13 VENV=.venv-3.13
+
+PYTHON ?= python3
+VENV   := .venv
+ARGS   :=
+
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CODE    := $(wildcard src tests examples bench)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+# Two pips in one venv would get in each other's way.
+.NOTPARALLEL:
+.PHONY: help demo test check docs format clean FORCE
+
+help: ## list these commands
+	@echo 'make <command> [ARGS="..."] [PYTHON=python3]'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.group-demo ## run examples/demo.py
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.group-test ## run the tests; ARGS go to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must pass, fast things first
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy --strict $(CODE)
+	$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes anyreap --ignoreexternal
+	$(BIN)/python -m pytest --cov --cov-branch --cov-report=term-missing:skip-covered $(ARGS)
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: $(VENV)/.group-docs ## build the documentation into site/
+	$(BIN)/mkdocs build --strict
+
+format: $(VENV)/.group-check ## let ruff rewrite the code
+	$(BIN)/ruff check --fix-only $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean: ## remove the venv, and all that was built or cached
+	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .*_cache .hypothesis
+	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A venv serves one interpreter version in one directory: after an upgrade or a move, its scripts and
+# the editable install point nowhere. .made-for names both. If it does not name what is wanted now, or
+# the python in the venv no longer starts, the venv is made anew.
+WANTED := $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag, *sys.version_info)') $(CURDIR)
+FOUND  := $(shell { $(BIN)/python -c '' && cat $(VENV)/.made-for; } 2>&1)
+ifneq ($(WANTED),$(FOUND))
+$(VENV)/.made-for: FORCE
+endif
+
+$(VENV)/.made-for:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anyreap needs Python 3.11 or newer; try make PYTHON=python3.x")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) install --upgrade 'pip>=25.1' # the first that knows --group
+	@echo '$(WANTED)' > $@
+
+$(VENV)/.group-%: $(VENV)/.made-for pyproject.toml Makefile
+	$(PIP) install --group $* --editable .
+	@touch $@

@@ -1,0 +1,292 @@
+"""The kernel: every wait, pidfd and signal-sending call of the package, and nothing else.
+
+Nothing here remembers anything about a child, and nothing here blocks: each wait is `WNOHANG`. A child that is
+traced may have a readable pidfd and still not be collectable, for as long as its tracer likes; one blocking call
+would freeze the loop for that long.
+
+Two ways to name a child. A *pid* is a number that the kernel gives to the next process once the child has been
+collected, by whomever. A *pidfd* names one process for ever (Linux >= 5.4; `man 2 pidfd_open`), so wherever there is
+one it is what we look through and what we signal through. Where there is none, the *identity* of a child, a number
+that no other process has had since boot, is compared first.
+
+Wait statuses are raw here (the 16 bits of `man 2 wait`); `ExitStatus` decodes them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import resource
+import signal
+import struct
+import sys
+from typing import Final, Literal
+
+_LINUX: Final = sys.platform == "linux"
+
+# __WALL: also the children that were cloned with an exit signal other than SIGCHLD. Without it waitid() denies that
+# they exist (ECHILD), and they would be called "not a child". Linux only; elsewhere there are none of the kind.
+_WALL: Final = 0x40000000 if _LINUX else 0
+_P_PIDFD: Final[int] = getattr(os, "P_PIDFD", 3)
+
+# _IOWR(0xFF, 11, struct pidfd_info), the first version of the struct, 64 bytes (linux/pidfd.h, Linux >= 6.13; the
+# exit status is there since 6.15): u64 mask, u64 cgroup, u32 pid, tgid, ppid, eight ids, s32 exit_code.
+_INFO: Final = struct.Struct("=QQ11Ii")
+_PIDFD_GET_INFO: Final = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11
+_PIDFD_INFO_EXIT: Final = 1 << 3
+
+_usable: bool | None = None
+_numbered: bool | None = None
+
+
+def waits_can_peek() -> bool:
+    """Whether this Python has `waitid`, without which no status can be looked at before it is taken."""
+    return hasattr(os, "waitid") and hasattr(os, "WNOWAIT")
+
+
+def pidfds_usable() -> bool:
+    """Whether children can be named by pidfd here: probed once, then remembered.
+
+    A kernel may lack them (ENOSYS), a sandbox may deny them (EPERM, ENOSYS), and Linux 5.3 opens them but can't wait
+    on them (EINVAL). Android up to 11 kills a process that merely asks (SIGSYS), so there nobody asks.
+    """
+    global _usable  # noqa: PLW0603  (a fact about the kernel: one per process)
+    if _usable is None:
+        _usable = _probe()
+    return _usable
+
+
+def _probe() -> bool:
+    if not hasattr(os, "pidfd_open") or hasattr(sys, "getandroidapilevel"):
+        return False
+    try:
+        fd = os.pidfd_open(os.getpid())
+    except OSError:
+        return False
+    try:
+        os.waitid(_P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # type: ignore[arg-type]
+    except ChildProcessError:
+        return True  # we are no child of our own: the kernel knew the question
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def open_pidfd(pid: int) -> int:
+    """Open a pidfd for a process, close-on-exec; -1 where none can be had, for whatever reason.
+
+    Running out of descriptors (EMFILE, ENFILE, ENOMEM) must not lose a child that already runs, so it is no error
+    here: everything works without a pidfd, slower.
+
+    Raises:
+        ProcessLookupError: There is no such process, or the number names a thread.
+    """
+    if not pidfds_usable():
+        return -1
+    try:
+        return os.pidfd_open(pid)
+    except OSError as exc:
+        if exc.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from exc
+        return -1
+
+
+def look(pid: int, pidfd: int = -1) -> int | None:
+    """Look at a child without consuming anything: its wait status once it has ended, None before.
+
+    None too while it has ended but can't be collected yet (a tracer has it).
+
+    Raises:
+        ChildProcessError: It is not an unreaped child of ours.
+    """
+    flags = os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL
+    if pidfd >= 0:
+        try:
+            return _raw(os.waitid(_P_PIDFD, pidfd, flags))  # type: ignore[arg-type]
+        except OSError as exc:
+            if exc.errno != errno.EINVAL:  # EINVAL: a sandbox that came after the probe
+                raise
+    try:
+        return _raw(os.waitid(os.P_PID, pid, flags))
+    except OverflowError:
+        raise ChildProcessError(errno.ECHILD, os.strerror(errno.ECHILD)) from None
+
+
+def look_any() -> tuple[int, int] | None:
+    """Look at some child that has ended: (pid, wait status). The kernel keeps showing the same one, until that one
+    is collected: a foreign zombie at the head hides all others.
+    """
+    try:
+        found = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL)
+    except ChildProcessError:
+        return None
+    raw = _raw(found)
+    return None if found is None or raw is None else (found.si_pid, raw)
+
+
+def take(pid: int) -> tuple[int, resource.struct_rusage] | None:
+    """Collect a child: (wait status, usage), or None if it can't be collected yet.
+
+    By pid, because no wait call that Python has takes a pidfd and returns the usage. The caller has just looked at
+    this very zombie, and a zombie keeps its number until it is collected.
+
+    Raises:
+        ChildProcessError: It is not an unreaped child of ours.
+    """
+    taken, raw, usage = os.wait4(pid, os.WNOHANG | _WALL)
+    return (raw, usage) if taken == pid else None
+
+
+def _raw(found: os.waitid_result | None) -> int | None:
+    if found is None or found.si_pid == 0:
+        return None
+    if found.si_code == os.CLD_EXITED:
+        return (found.si_status & 0xFF) << 8
+    if found.si_code == os.CLD_KILLED:
+        return found.si_status
+    if found.si_code == os.CLD_DUMPED:
+        return found.si_status | 0x80
+    return None  # stopped, continued, trapped: not asked for, and not an end
+
+
+def recall(pidfd: int) -> int | Literal["unknown", "later"]:
+    """Read the wait status of a child that somebody else has collected back from its pidfd (Linux >= 6.15).
+
+    "later": the kernel has not finished with it yet, ask again. "unknown": this kernel doesn't keep it.
+    """
+    if pidfd < 0:
+        return "unknown"
+    question = bytearray(_INFO.size)
+    _INFO.pack_into(question, 0, _PIDFD_INFO_EXIT, *([0] * 13))
+    try:
+        fcntl.ioctl(pidfd, _PIDFD_GET_INFO, question)
+    except OSError:  # ENOTTY: older than 6.13; ESRCH: collected, and older than 6.15
+        return "unknown"
+    mask, *_, raw = _INFO.unpack(question)
+    return int(raw) if mask & _PIDFD_INFO_EXIT else "later"
+
+
+def identify(pid: int, pidfd: int = -1) -> int | None:
+    """Return a number that tells a process from every other one since boot; None if it can't be had.
+
+    Linux >= 6.9: the inode of its pidfd, which is never used again. Else its start time, in clock ticks since boot
+    (`man 5 proc_pid_stat`): a pid comes round again only after all others, which takes longer than a tick. Else
+    nothing.
+    """
+    if pidfd >= 0:
+        return os.fstat(pidfd).st_ino if _pidfds_numbered(pidfd) else _start_time(pid)
+    try:
+        fd = open_pidfd(pid)
+    except ProcessLookupError:
+        return None
+    if fd < 0:
+        return None if _numbered else _start_time(pid)
+    try:
+        return identify(pid, fd)
+    finally:
+        os.close(fd)
+
+
+def _pidfds_numbered(pidfd: int) -> bool:
+    # Before pidfs (Linux 6.9) all pidfds share one anonymous inode, which says so in its name.
+    global _numbered  # noqa: PLW0603  (a fact about the kernel: one per process)
+    if _numbered is None:
+        try:
+            _numbered = os.readlink(f"/proc/self/fd/{pidfd}").startswith("pidfd:")
+        except OSError:
+            _numbered = False
+    return _numbered
+
+
+def stat_fields(pid: int) -> list[str]:
+    """The fields of `/proc/PID/stat` from the third one (the state) on; empty if they can't be read."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  (a hundred times in a scan)
+            line = file.read()
+    except OSError:
+        return []
+    # The second field, the command, is in parentheses and may itself hold any byte, a parenthesis too.
+    return line[line.rfind(b")") + 2 :].decode("ascii", "replace").split()
+
+
+def _start_time(pid: int) -> int | None:
+    fields = stat_fields(pid)
+    return int(fields[19]) if len(fields) > 19 else None  # noqa: PLR2004  (field 22 of proc_pid_stat)
+
+
+def send(pid: int, pidfd: int, identity: int | None, signum: int) -> bool:
+    """Send a signal to the process that was handed in, or to none: False if it is not there any more.
+
+    Through its pidfd; without one, only if the process that has the pid now is the one that had it then. Where
+    neither is possible (no pidfds and no /proc), only while it is an unreaped child of ours.
+
+    Raises:
+        PermissionError: It is there, and we may not signal it.
+    """
+    if pidfd >= 0:
+        return _send_through(pidfd, signum)
+    if not pidfds_usable():
+        return _send_by_number(pid, identity, signum)
+    try:
+        fd = os.pidfd_open(pid)  # out of descriptors is an error here: an unsent signal must not pass for a sent one
+    except ProcessLookupError:
+        return False
+    try:
+        if identity is None:  # it could not be had when the child was handed in: an unreaped child is all we can ask for
+            look(pid, fd)
+        elif identify(pid, fd) != identity:
+            return False
+        return _send_through(fd, signum)
+    except ChildProcessError:
+        return False
+    finally:
+        os.close(fd)
+
+
+def _send_by_number(pid: int, identity: int | None, signum: int) -> bool:
+    # While it is an unreaped child of ours its number is not given to anybody else, so between the look and the kill
+    # only another thread of this process could pull it away.
+    try:
+        if identity is not None and identify(pid) != identity:
+            return False
+        look(pid)
+        os.kill(pid, signum)
+    except (ChildProcessError, ProcessLookupError):
+        return False
+    return True
+
+
+def _send_through(pidfd: int, signum: int) -> bool:
+    try:
+        signal.pidfd_send_signal(pidfd, signum)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def fd_budget() -> int:
+    """How many pidfds all reapers of this process may hold together: half of the soft RLIMIT_NOFILE."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft // 2
+
+
+def ignored_statuses() -> str:
+    """Why the kernel would discard the statuses of our children, as far as it shows; "" if it doesn't."""
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN or signal_set("SigIgn", signal.SIGCHLD):
+        return "SIGCHLD is ignored, and the kernel discards the statuses of children then (man 2 wait)"
+    return ""
+
+
+def signal_set(name: str, signum: int) -> bool:
+    """Whether a signal is in one of this process's sets in `/proc/self/status`: SigIgn, SigCgt, SigBlk."""
+    try:
+        with open("/proc/self/status", "rb") as file:  # noqa: PTH123
+            for line in file:
+                if line.startswith(name.encode() + b":"):
+                    return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
+    except OSError:
+        pass
+    return False

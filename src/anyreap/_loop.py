@@ -1,0 +1,247 @@
+"""The two loops: how the service task waits for its one descriptor, on trio and on asyncio (uvloop is one).
+
+anyio is the layer between the loops for all else. Here it would be in the way: the service must outlive every
+cancellation, on asyncio a native one too, which reaches a task through any shield; and a `wait_readable` on asyncio
+registers the descriptor anew each time, which costs O(children) when it is an epoll (measured: 300 us at 4,000).
+
+So neither is a task of the block's own nursery, which would be cancelled with it: on trio it is a system task, on
+asyncio a plain task that does not take a cancellation for an answer. The block starts it, and joins it before it is
+left; that is as structured as a nursery.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import sys
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+
+class Loop(Protocol):
+    """What the service needs of a loop."""
+
+    home: object
+    lends_wakeup_fd: bool
+    interrupts: tuple[type[BaseException], ...]
+
+    def now(self) -> float: ...  # noqa: D102
+    def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None: ...  # noqa: D102
+    def start(self, serve: Callable[[], Awaitable[None]], died: Callable[[], None]) -> None: ...  # noqa: D102
+    async def wait(self, until: float) -> bool: ...  # noqa: D102
+    async def checkpoint(self) -> None: ...  # noqa: D102
+    def kick(self) -> None: ...  # noqa: D102
+    def close(self) -> None: ...  # noqa: D102
+    def cancelled_scopes(self) -> Callable[[], int]: ...  # noqa: D102
+
+
+def current_loop() -> Loop:
+    """Return the loop that runs the calling task.
+
+    Raises:
+        RuntimeError: None does.
+    """
+    # trio first: in guest mode a trio task runs inside a callback of an asyncio loop, and is a trio task.
+    trio = sys.modules.get("trio")
+    if trio is not None and trio.lowlevel.in_trio_task():
+        return TrioLoop()
+    try:
+        return AsyncioLoop(asyncio.get_running_loop())
+    except RuntimeError:
+        msg = "a reaper is opened in a task of trio or asyncio, and no such loop runs here: trio.run(), anyio.run() ..."
+        raise RuntimeError(msg) from None
+
+
+def protect_from_ki(*functions: Callable[..., Any]) -> None:
+    """Let no KeyboardInterrupt into these functions and what they call, under trio.
+
+    trio's decorator would do, had it not to be imported: nobody who runs on asyncio shall import trio.
+    """
+    trio = sys.modules.get("trio")
+    if trio is not None:
+        for function in functions:
+            trio.lowlevel.enable_ki_protection(function)
+
+
+class TrioLoop:
+    """The service is a system task: outside of every cancel scope of the program, and protected from Ctrl-C."""
+
+    lends_wakeup_fd: Final = False  # trio has its own, and looking at it would flip its flags
+    interrupts: Final[tuple[type[BaseException], ...]] = (KeyboardInterrupt,)
+
+    def __init__(self) -> None:
+        import trio  # noqa: PLC0415  (only who runs on trio imports it)
+
+        self._trio = trio
+        self.home: object = trio.lowlevel.current_trio_token()
+        self._fd = -1
+
+    def now(self) -> float:
+        """The loop's clock, in seconds."""
+        return self._trio.current_time()
+
+    def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None:
+        """Take a descriptor to wait on, how to empty it, and how to make it readable."""
+        self._fd, self._drain, self.kick = fd, drain, kick  # type: ignore[method-assign]
+
+    def kick(self) -> None:
+        """End the current or the next wait."""
+
+    def start(self, serve: Callable[[], Awaitable[None]], died: Callable[[], None]) -> None:
+        """Start the service task."""
+
+        async def anyreap_service() -> None:
+            try:
+                await serve()
+            finally:
+                died()
+
+        self._trio.lowlevel.spawn_system_task(anyreap_service)
+
+    async def wait(self, until: float) -> bool:
+        """Wait until the descriptor is readable, or until a time. True if it was readable."""
+        with self._trio.CancelScope(deadline=until) as scope:
+            await self._trio.lowlevel.wait_readable(self._fd)
+        if not scope.cancelled_caught:
+            self._drain()
+        return not scope.cancelled_caught
+
+    async def checkpoint(self) -> None:
+        """Let others run."""
+        await self._trio.lowlevel.cancel_shielded_checkpoint()
+
+    def close(self) -> None:
+        """Let go of the descriptor, which is closed next."""
+        if self._fd >= 0:
+            self._trio.lowlevel.notify_closing(self._fd)
+        self._fd = -1
+
+    def cancelled_scopes(self) -> Callable[[], int]:
+        """Return what counts the cancelled scopes around the calling task, up to the first shield.
+
+        Once one scope is cancelled, nothing public tells of a second one. Where the private names change, a second
+        cancellation is not noticed, and the grace period takes its time.
+        """
+        return _counter(
+            getattr(self._trio.lowlevel.current_task(), "_cancel_status", None),
+            parent="_parent",
+            scope=lambda status: getattr(status, "_scope", None),
+        )
+
+
+class AsyncioLoop:
+    """The service is a plain task, woken by one lasting `add_reader`."""
+
+    lends_wakeup_fd: Final = True
+    interrupts: Final[tuple[type[BaseException], ...]] = (KeyboardInterrupt, asyncio.CancelledError)
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.home: object = loop
+        self._loop = loop
+        self._fd = -1
+        self._readable = False
+        self._waiter: asyncio.Future[None] | None = None
+        self._opener = asyncio.current_task(loop)
+
+    def now(self) -> float:
+        """The loop's clock, in seconds."""
+        return self._loop.time()
+
+    def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None:  # noqa: ARG002
+        """Take a descriptor to wait on, and how to empty it."""
+        self._fd, self._drain = fd, drain
+        self._loop.add_reader(fd, self._on_readable)
+
+    def _on_readable(self) -> None:
+        # Emptied here, not by the service: else it would be reported once more before the service has run.
+        self._drain()
+        self._readable = True
+        self._wake()
+
+    def kick(self) -> None:
+        """End the current or the next wait."""
+        self._readable = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def start(self, serve: Callable[[], Awaitable[None]], died: Callable[[], None]) -> None:
+        """Start the service task, and start it again if something kills it that is not its own failure.
+
+        It swallows cancellations, but one that comes before its first step never reaches it; and a KeyboardInterrupt
+        that lands in one of its steps ends it, and the loop (which runs once more, to clean up).
+        """
+
+        async def anyreap_service() -> None:
+            await serve()
+
+        def done(task: asyncio.Task[None]) -> None:
+            if task.cancelled() or isinstance(task.exception(), (KeyboardInterrupt, SystemExit)):
+                if not self._orphaned():
+                    self.start(serve, died)
+                    return
+            died()
+
+        self._service = self._loop.create_task(anyreap_service(), name="anyreap service")
+        self._service.add_done_callback(done)
+
+    def _orphaned(self) -> bool:
+        # The task that opened the block has ended and left it open: an interrupt tore it down. Nobody will stop the
+        # service, and asyncio.run() waits for all tasks.
+        return self._opener is not None and self._opener.done()
+
+    async def wait(self, until: float) -> bool:
+        """Wait until the descriptor is readable, or until a time. True if it was readable."""
+        if not self._readable:
+            self._waiter = self._loop.create_future()
+            timer = None if until == math.inf else self._loop.call_at(until, self._wake)
+            await self._undisturbed(self._waiter)
+            self._waiter = None
+            if timer is not None:
+                timer.cancel()
+        else:
+            await self.checkpoint()
+        readable, self._readable = self._readable, False
+        return readable
+
+    async def checkpoint(self) -> None:
+        """Let others run."""
+        await self._undisturbed(asyncio.sleep(0))
+
+    async def _undisturbed(self, awaitable: Awaitable[None]) -> None:
+        # asyncio.run() cancels all tasks at its end, and so do programs, and then the block needs the service most.
+        try:
+            await awaitable
+        except asyncio.CancelledError:
+            if self._orphaned():
+                raise
+
+    def close(self) -> None:
+        """Let go of the descriptor, which is closed next."""
+        if self._fd >= 0 and not self._loop.is_closed():
+            self._loop.remove_reader(self._fd)
+        self._fd = -1
+
+    def cancelled_scopes(self) -> Callable[[], int]:
+        """Return what counts the cancelled scopes of anyio around the calling task, up to the first shield."""
+        backend = sys.modules.get("anyio._backends._asyncio")
+        states = getattr(backend, "_task_states", {})
+        task = asyncio.current_task()
+        state = states.get(task) if task is not None else None
+        return _counter(getattr(state, "cancel_scope", None), parent="_parent_scope", scope=lambda scope: scope)
+
+
+def _counter(innermost: Any, *, parent: str, scope: Callable[[Any], Any]) -> Callable[[], int]:
+    def around() -> Iterator[Any]:
+        link = innermost
+        while link is not None:
+            yield scope(link)
+            if getattr(scope(link), "shield", True):
+                return
+            link = getattr(link, parent, None)
+
+    return lambda: sum(bool(getattr(each, "cancel_called", False)) for each in around())

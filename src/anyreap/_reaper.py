@@ -1,0 +1,479 @@
+"""`open_reaper` and `Reaper`: the nursery, how it is opened, and how it is left."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import anyio
+import anyio.lowlevel
+
+from anyreap._child import Child
+from anyreap._errors import StillRunning
+from anyreap._loop import protect_from_ki
+from anyreap._registry import keeper_of, registry
+from anyreap._service import Service, Watch
+from anyreap._shutdown import Ladder, Shutdown
+from anyreap._status import ExitStatus
+from anyreap._table import Record, State
+
+if TYPE_CHECKING:
+    import subprocess
+    from contextlib import AbstractAsyncContextManager
+    from multiprocessing.process import BaseProcess
+    from types import TracebackType
+
+    from anyio.streams.memory import MemoryObjectReceiveStream
+
+    AnyChild: TypeAlias = int | subprocess.Popen[Any] | BaseProcess
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReaperStatistics:
+    """Counters of one reaper: what `Reaper.statistics` returns.
+
+    Attributes:
+        watched: Children that it watches now, the owned ones among them.
+        owned: Children that it owns now.
+        reaped: Children that were collected since it was opened.
+        orphans_reaped: Adopted descendants that were collected. Always 0: no reaper is a subreaper yet.
+        lost: Children that ended and whose status was gone.
+        wakeups: How often its source woke it.
+        late: Exits that a heartbeat found although the source was silent. Above 0: somebody keeps SIGCHLD away
+            (blocked, or another handler), or takes statuses.
+        source: What wakes it: `"sigchld"` or `"pidfd"`.
+
+    Example:
+        ```python
+        import anyreap
+
+        def why_so_slow(reaper: anyreap.Reaper) -> None:
+            if reaper.statistics().late:
+                print("SIGCHLD does not arrive: open the reaper with source='pidfd'")
+        ```
+    """
+
+    watched: int
+    owned: int
+    reaped: int
+    orphans_reaped: int
+    lost: int
+    wakeups: int
+    late: int
+    source: Literal["sigchld", "pidfd"]
+
+
+class Reaper:
+    """A reaper nursery: what `open_reaper` yields.
+
+    Use it in the thread and on the loop where it was opened, inside its block, from any number of tasks. Everything
+    else is a `RuntimeError` that says which rule was broken; `statistics` may be read at any time.
+
+    Example:
+        ```python
+        import subprocess
+        import anyio
+        import anyreap
+
+        async def main() -> None:
+            async with anyreap.open_reaper() as reaper:
+                popen = subprocess.Popen(["sleep", "0.1"])
+                print(await reaper.wait(popen))
+                assert popen.returncode == 0
+
+        anyio.run(main)
+        ```
+    """
+
+    __slots__ = ("_service",)
+
+    def __init__(self) -> None:
+        msg = "a Reaper is made by `async with anyreap.open_reaper() as reaper`"
+        raise TypeError(msg)
+
+    @classmethod
+    def _of(cls, service: Service) -> Reaper:
+        self = cls.__new__(cls)
+        self._service = service
+        return self
+
+    def watch(self, child: AnyChild, *, reap: bool = True) -> Child:
+        """Watch a child of this process, whoever started it. It is neither waited for nor signalled on leaving.
+
+        A `Popen` or `Process` is collected through its own method, so its `returncode` or `exitcode` is right
+        afterwards, and is kept alive until then; if its code is set already, the `Child` has ended. A bare pid whose
+        `Popen` is dropped may be collected by the next `Popen()` (`subprocess` does that): hand in the `Popen`.
+
+        Until a child is collected, every call for it returns the same `Child`, upgraded and never downgraded:
+        `reap=True` beats `False`, and a `Popen` or `Process` that is given later does the collecting. Nothing is
+        collected but what was handed in, and a child that has exited already is fine.
+
+        Not a checkpoint; never blocks.
+
+        Args:
+            child: A pid, a `subprocess.Popen`, or a `multiprocessing.Process`.
+            reap: Whether to collect it. False: its status is seen, and the zombie is left to its owner. Of all who
+                watch a child, one who wants it collected is enough.
+
+        Raises:
+            NotAChild: The pid is not an unreaped child of this process, or too large for a pid; or the `Process` was
+                started by the fork server.
+            ValueError: A pid below 1, or a `Process` that was not started.
+            TypeError: Something else, `bool` too.
+            RuntimeError: The reaper is closed, or used in another thread or in a forked child.
+
+        Example:
+            ```python
+            import os
+            import anyreap
+
+            async def run(reaper: anyreap.Reaper) -> None:
+                child = reaper.watch(os.posix_spawn("/bin/true", ["true"], os.environ))
+                assert (await child.wait()).success
+            ```
+        """
+        service = self._service
+        service.check_use()
+        pid, keeper = keeper_of(child)
+        code = keeper.told() if keeper is not None else None
+        if code is not None:
+            ended: Record[Watch] = Record(pid, -1, None)
+            ended.state, ended.status = State.EXITED, ExitStatus(pid, code)
+            return Child._of(Watch(ended, service, reap=reap))
+        with registry.lock:
+            record, changed = registry.enter(pid, keeper, service)
+            watch = next((mine for mine in record.watchers if mine.home is service), None)
+            if watch is None:
+                watch = Watch(record, service, reap=reap)
+                watch.child = Child._of(watch)
+                service.watches.add(watch)
+                registry.join(record, watch)
+            watch.reap = watch.reap or reap
+            if changed:
+                service.finder.hand_in(record)
+        if changed:
+            service.kick()
+        return watch.child or Child._of(watch)
+
+    def adopt(self, child: AnyChild, *, shutdown: Shutdown | None = None) -> Child:
+        """Watch a child, and own it: the block waits for its end, and ends it when the body fails or is cancelled.
+
+        A second call for the same child replaces the policy.
+
+        Not a checkpoint; never blocks.
+
+        Args:
+            child: A pid, a `subprocess.Popen`, or a `multiprocessing.Process`.
+            shutdown: How to end it. Default: the policy of the reaper.
+
+        Raises:
+            NotAChild: As `watch`.
+            ValueError: As `watch`.
+            TypeError: As `watch`, and if `shutdown` is not a `Shutdown`.
+            RuntimeError: As `watch`, and once the reaper shuts its children down.
+
+        Example:
+            ```python
+            import subprocess
+            import anyio
+            import anyreap
+
+            async def main() -> None:
+                with anyio.move_on_after(1):
+                    async with anyreap.open_reaper() as reaper:
+                        reaper.adopt(subprocess.Popen(["sleep", "60"]), shutdown=anyreap.Shutdown(grace=2))
+                # the block was cancelled while it waited: SIGTERM, and nothing is left
+
+            anyio.run(main)
+            ```
+        """
+        _check_policy(shutdown)
+        service = self._service
+        service.check_use()
+        if service.closing:
+            msg = "this reaper is shutting its children down, and takes no new ones: adopt children inside of its block"
+            raise RuntimeError(msg)
+        adopted = self.watch(child)
+        watch = adopted._watch
+        if shutdown is not None or watch not in service.owned:
+            watch.policy = shutdown or service.shutdown
+        if not watch.record.ended:
+            service.owned.add(watch)
+        return adopted
+
+    async def wait(self, child: AnyChild, *, reap: bool = True) -> ExitStatus:
+        """Wait for a child of this process to end, whoever started it: `watch(child, reap=reap)`, then `Child.wait()`.
+
+        Cancel safety: always a checkpoint. If it is cancelled, the child is still watched, and collected when it ends.
+
+        Args:
+            child: A pid, a `subprocess.Popen`, or a `multiprocessing.Process`.
+            reap: Whether to collect it, as for `watch`.
+
+        Returns:
+            How it ended.
+
+        Raises:
+            NotAChild: As `watch`.
+            ValueError: As `watch`.
+            TypeError: As `watch`.
+            RuntimeError: As `watch`.
+            StatusLost: As `Child.wait`.
+
+        Example:
+            ```python
+            import os
+            import anyreap
+
+            async def run(reaper: anyreap.Reaper) -> None:
+                pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 3"], os.environ)
+                assert str(await reaper.wait(pid)) == "exited with code 3"
+            ```
+        """
+        return await self.watch(child, reap=reap).wait()
+
+    def exits(self) -> MemoryObjectReceiveStream[ExitStatus]:
+        """Return a stream of every exit that this reaper collects from now on, in order.
+
+        Unbounded: what nobody reads stays in memory. It ends when the block ends, so iterate it in a task of its own.
+        Lost statuses are not in it, nor those of children that are only observed (`reap=False`). Each call makes a new
+        stream.
+
+        Not a checkpoint.
+
+        Raises:
+            RuntimeError: The reaper is closed, or used in another thread or in a forked child.
+
+        Example:
+            ```python
+            import anyio
+            import anyreap
+
+            async def log(reaper: anyreap.Reaper) -> None:
+                async with reaper.exits() as exits:
+                    async for status in exits:
+                        print(status.pid, status)
+            ```
+        """
+        self._service.check_use()
+        send, receive = anyio.create_memory_object_stream[ExitStatus](float("inf"))
+        self._service.exits.append(send)
+        return receive
+
+    def statistics(self) -> ReaperStatistics:
+        """Return the counters, as they are now.
+
+        `watched` and `owned` count now, the others since the reaper was opened.
+
+        Example:
+            ```python
+            import anyreap
+
+            def busy(reaper: anyreap.Reaper) -> bool:
+                return reaper.statistics().watched > 0
+            ```
+        """
+        service = self._service
+        return ReaperStatistics(
+            watched=sum(watch.record.state is State.RUNNING for watch in list(service.watches)),
+            owned=len(service.owned),
+            reaped=service.reaped,
+            orphans_reaped=0,
+            lost=service.lost,
+            wakeups=service.wakeups,
+            late=service.late,
+            source=service.source,
+        )
+
+    def __repr__(self) -> str:
+        now = self.statistics()
+        state = "closed" if self._service.closed else f"watched={now.watched} owned={now.owned}"
+        return f"<anyreap.Reaper {state} source={now.source}>"
+
+
+class _Block:
+    """The block of one reaper. A class with two methods, because a generator can't be protected from Ctrl-C whole."""
+
+    def __init__(self, source: Literal["auto", "sigchld", "pidfd"], shutdown: Shutdown, heartbeat: float) -> None:
+        self._source = source
+        self._shutdown = shutdown
+        self._heartbeat = heartbeat
+        self._service: Service | None = None
+
+    async def __aenter__(self) -> Reaper:
+        if self._service is not None:
+            msg = "a reaper's block can be entered once: call open_reaper() for each"
+            raise RuntimeError(msg)
+        # The one checkpoint comes first: from the installation to the body there is no place to be cancelled.
+        await anyio.lowlevel.checkpoint()
+        service = Service(heartbeat=self._heartbeat, shutdown=self._shutdown)
+        service.open(self._source)
+        self._service = service
+        return Reaper._of(service)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        service = self._service
+        assert service is not None  # noqa: S101  (__aenter__ ran)
+        if os.getpid() != service.pid:
+            if value is None:
+                service.check_use()
+            return  # a forked child on its way out: nothing here is its to end
+        if isinstance(value, GeneratorExit):
+            service.abandon()  # the coroutine is being thrown away: nothing can be awaited any more
+            return
+        leaving: BaseException | None = value
+        if value is None:
+            try:
+                await self._drained(service)
+            except BaseException as exc:  # noqa: BLE001  (it leaves, once nothing is left behind)
+                leaving = exc
+        service.closing = True
+        survivors: dict[int, str] = {}
+        if service.owned:
+            ladder = Ladder(service)
+            survivors = await ladder.climb()
+            leaving = ladder.interrupt or leaving
+            interrupted = ladder.interrupt is not None
+        else:
+            interrupted = False
+        interrupt = await service.stop()
+        if interrupt is not None:
+            leaving, interrupted = interrupt, True
+        if survivors:
+            error = StillRunning(survivors)
+            if value is None and not interrupted and isinstance(leaving, anyio.get_cancelled_exc_class()):
+                # Were it but a note on a cancellation, nobody would ever read it.
+                raise error from leaving
+            if leaving is None:
+                raise error
+            leaving.add_note(str(error))
+        if leaving is not None and leaving is not value:
+            try:
+                raise leaving
+            finally:
+                del leaving
+
+    @staticmethod
+    async def _drained(service: Service) -> None:
+        """Wait until every owned child has ended."""
+        while service.owned:
+            if service.failure is not None:
+                break
+            await service.changed.wait()
+        if service.failure is not None:
+            msg = "the service of this reaper has failed; the children that it owned were shut down"
+            raise RuntimeError(msg) from service.failure
+
+
+def open_reaper(
+    *,
+    source: Literal["auto", "sigchld", "pidfd"] = "auto",
+    shutdown: Shutdown = Shutdown(),  # noqa: B008  (a frozen value)
+    heartbeat: float = 1.0,
+) -> AbstractAsyncContextManager[Reaper]:
+    """Open a reaper nursery.
+
+    Works under `trio.run`, and `anyio.run` on asyncio, uvloop and trio; in any thread; any number of times, nested or
+    side by side.
+
+    Leaving the block:
+
+    1. The body returned: wait, cancellably, until every *owned* child has ended.
+    2. The body raised, or the block is cancelled, also while it waits in 1: shut every owned child down, all at the
+       same time, each by its policy, shielded, within a bound; then let the exception go on, as itself. A
+       KeyboardInterrupt, a native cancellation of asyncio, or a second cancellation during that ends the grace at once
+       (SIGKILL), does not stop the collecting, and is the exception that leaves.
+    3. What outlives SIGKILL by five seconds is named: `StillRunning` if the body had returned, else a note on the
+       exception that is leaving.
+    4. What was found is put back: SIGCHLD's handler with its flags, the wakeup fd, the open fds. It is per process: the
+       first reaper installs, the last one restores, in whatever order they close. What somebody else changed meanwhile
+       is left to them, with a warning.
+
+    A child that is only *watched* is neither waited for nor signalled.
+
+    Args:
+        source: What wakes the reaper. `"sigchld"`: a self-pipe that a SIGCHLD handler writes to. `"pidfd"`: the
+            pidfds of the children; where there are none, each child is looked at once in a heartbeat. `"auto"`:
+            SIGCHLD where it can work (the main thread, trio or plain asyncio, not blocked, no handler installed
+            from C), else pidfds.
+        shutdown: The default policy for owned children.
+        heartbeat: Seconds, above 0. The period in which the reaper looks without having been woken: it bounds how
+            late an exit is seen when the signal never comes, or a status is stolen from a child without a pidfd.
+
+    Raises:
+        SigchldUnavailable: On entering: the source can't work here, and what to write instead.
+        ValueError: `heartbeat` is not above 0, or `source` is unknown.
+        TypeError: `shutdown` is not a `Shutdown`.
+        OSError: On entering: no descriptors for the pipe (EMFILE). Nothing was installed.
+
+    Cancel safety: entering is a checkpoint, before anything is installed.
+
+    Example:
+        ```python
+        import os
+        import trio
+        import anyreap
+
+        async def main() -> None:
+            async with anyreap.open_reaper() as reaper:
+                pid = os.posix_spawn("/bin/sh", ["sh", "-c", "exit 3"], os.environ)
+                assert (await reaper.wait(pid)).exit_code == 3
+
+        trio.run(main)
+        ```
+    """
+    if source not in ("auto", "sigchld", "pidfd"):
+        msg = f"source is 'auto', 'sigchld' or 'pidfd', not {source!r}"
+        raise ValueError(msg)
+    if not heartbeat > 0:  # NaN too
+        msg = f"heartbeat is a number of seconds above 0, not {heartbeat!r}"
+        raise ValueError(msg)
+    _check_policy(shutdown)
+    protect_from_ki(_Block.__aenter__, _Block.__aexit__, Reaper.watch, Reaper.adopt, Child.send_signal)
+    return _Block(source, shutdown, heartbeat)
+
+
+async def wait(child: AnyChild) -> ExitStatus:
+    """Wait for one child of this process to end, whoever started it.
+
+    Opens a reaper for this one wait. Two tasks, or two threads, that wait for the same child both get its status.
+
+    Cancel safety: always a checkpoint. If it is cancelled, the child runs on, and is not collected; wait again.
+
+    Args:
+        child: A pid, a `subprocess.Popen`, or a `multiprocessing.Process`.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        NotAChild: As `Reaper.watch`.
+        ValueError: As `Reaper.watch`.
+        TypeError: As `Reaper.watch`.
+        StatusLost: As `Child.wait`.
+        SigchldUnavailable: As `open_reaper`.
+
+    Example:
+        ```python
+        import os
+        import anyio
+        import anyreap
+
+        async def main() -> None:
+            status = await anyreap.wait(os.posix_spawn("/bin/true", ["true"], os.environ))
+            assert status.success
+
+        anyio.run(main)
+        ```
+    """
+    async with open_reaper() as reaper:
+        return await reaper.wait(child)
+
+
+def _check_policy(shutdown: object) -> None:
+    if shutdown is not None and not isinstance(shutdown, Shutdown):
+        msg = f"shutdown is an anyreap.Shutdown, such as Shutdown(grace=10), not {shutdown!r}"
+        raise TypeError(msg)

@@ -1,0 +1,317 @@
+"""The registry: what all reapers of this process share, and the way from a wait call to everybody who waits.
+
+A status can be collected once, so reapers that watch the same child, in whatever thread and on whatever loop, share
+one record of it. One lock guards the table from the look at the kernel to the end of the bookkeeping: were it let go
+in between, another reaper would find the child gone, and call its status lost. It is held for a few system calls that
+don't block. It is re-entrant because a signal handler of the program may call `Child.send_signal` in the middle.
+
+Two rules keep a status safe from a KeyboardInterrupt that lands between any two instructions (trio keeps them off,
+asyncio can't): it is looked at and noted before it is taken, and whatever was begun can be begun again.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from anyreap import _kernel, _sigchld
+from anyreap._errors import NotAChild
+from anyreap._status import ExitStatus
+from anyreap._table import Keeper, Record, State, Table
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
+
+    from anyreap._finder import Finder
+
+
+class Home(Protocol):
+    """What the registry needs of a reaper."""
+
+    finder: Finder
+
+    def post(self, watch: Any, by: Home) -> None:
+        """Tell the tasks that wait for a child; `by` is the reaper that found out, maybe in another thread."""
+
+    def forked(self) -> None:
+        """Close what was inherited by a forked child."""
+
+
+class PopenKeeper:
+    """Collects a `subprocess.Popen` through its own `poll`, which takes its lock and sets its `returncode`."""
+
+    def __init__(self, popen: subprocess.Popen[Any]) -> None:
+        self._popen = popen
+
+    def collect(self, returncode: int) -> bool:
+        """Have it collect its child; False if it can't now, because another thread is in its `wait`."""
+        if self._popen.poll() is None:
+            return False
+        # If somebody took the status between our look and its poll, it has put down 0 (cpython#127050).
+        self._popen.returncode = returncode
+        return True
+
+    def told(self) -> int | None:
+        """What it says."""
+        return self._popen.returncode
+
+    def tell(self, returncode: int) -> None:
+        """Tell it what it can't find out any more."""
+        self._popen.returncode = returncode
+
+
+class ProcessKeeper:
+    """Collects a `multiprocessing.Process` through its own `exitcode`.
+
+    Its code is kept in an object of its own, `_popen`, which has no public name. Where that is not there any more,
+    nothing is lost but that a stolen status is not handed on to it.
+    """
+
+    def __init__(self, process: BaseProcess) -> None:
+        self._process = process
+
+    def collect(self, returncode: int) -> bool:  # noqa: ARG002  (the Protocol's)
+        """Have it collect its child; False if it can't now."""
+        try:
+            return self._process.exitcode is not None
+        except ValueError:  # it was closed, and knows nothing any more
+            return False
+
+    def told(self) -> int | None:
+        """What it says, without asking the kernel: `exitcode` would collect."""
+        return getattr(getattr(self._process, "_popen", None), "returncode", None)
+
+    def tell(self, returncode: int) -> None:
+        """Tell it what it can't find out any more."""
+        popen = getattr(self._process, "_popen", None)
+        if getattr(popen, "returncode", 0) is None:
+            popen.returncode = returncode  # type: ignore[union-attr]
+
+
+def keeper_of(child: object) -> tuple[int, Keeper | None]:
+    """Return the pid of what was handed in, and who collects it.
+
+    Raises:
+        TypeError: It is neither a pid, nor a Popen, nor a multiprocessing.Process.
+        ValueError: A pid below 1, or a Process that was not started.
+    """
+    if isinstance(child, int) and not isinstance(child, bool):
+        if child <= 0:
+            msg = f"a pid is above 0, not {child}: waitpid gives 0 and negative numbers the meaning of 'any child'"
+            raise ValueError(msg)
+        return int(child), None
+    if isinstance(child, subprocess.Popen):
+        return child.pid, PopenKeeper(child)
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None and isinstance(child, process.BaseProcess):
+        if child.pid is None:
+            msg = f"{child!r} was not started: call its start() first"
+            raise ValueError(msg)
+        return child.pid, ProcessKeeper(child)
+    msg = (
+        "a child is a pid (int), a subprocess.Popen or a multiprocessing.Process, not"
+        f" {type(child).__module__}.{type(child).__qualname__} {child!r}"
+    )
+    raise TypeError(msg)
+
+
+class Registry:
+    """The table of this process, its lock, and the budget of pidfds."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._table: Table[Any] = Table()
+        self._pidfds: set[int] = set()
+        self.homes: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def enter(self, pid: int, keeper: Keeper | None, by: Home) -> tuple[Record[Any], bool]:
+        """Find or make the record of a child. Returns it, and whether the child has ended already.
+
+        Raises:
+            NotAChild: It is not an unreaped child of this process.
+        """
+        record = self._table.find(pid)
+        if record is not None and self._is_current(record, by):
+            record.keeper = keeper or record.keeper
+            return record, record.state is not State.RUNNING
+        try:
+            pidfd = _kernel.open_pidfd(pid)
+        except (ProcessLookupError, OverflowError):
+            raise NotAChild(pid, _why_not(keeper)) from None
+        try:
+            ended = _kernel.look(pid, pidfd) is not None
+            identity = _kernel.identify(pid, pidfd)
+            if pidfd >= 0 and len(self._pidfds) >= _kernel.fd_budget():
+                os.close(pidfd)
+                pidfd = -1
+        except BaseException as exc:
+            if pidfd >= 0:
+                os.close(pidfd)
+            if isinstance(exc, ChildProcessError):
+                raise NotAChild(pid, _why_not(keeper)) from None
+            raise
+        record = self._table.add(pid, pidfd, identity)
+        if pidfd >= 0:
+            self._pidfds.add(pidfd)
+        record.keeper = keeper
+        return record, ended
+
+    def join(self, record: Record[Any], watch: Any) -> None:
+        """Let a reaper watch a child."""
+        self._table.join(record, watch)
+        watch.home.finder.add(record)
+
+    def leave(self, record: Record[Any], watch: Any) -> None:
+        """Let a reaper stop watching a child that has not ended."""
+        watch.home.finder.drop(record)
+        if not record.ended and self._table.leave(record, watch):
+            self._close_pidfd(record)
+
+    def _is_current(self, record: Record[Any], by: Home) -> bool:
+        """Whether a record is still about the child that has its pid now."""
+        try:
+            if record.pidfd >= 0:
+                _kernel.look(record.pid, record.pidfd)
+                return True
+            _kernel.look(record.pid)
+            if record.identity in (None, _kernel.identify(record.pid)):
+                return True
+        except ChildProcessError:
+            pass
+        self._gone(record, by, certain=True)
+        return False
+
+    def check(self, record: Record[Any], by: Home) -> bool:
+        """Ask the kernel for one child; collect it and tell everybody if it has ended. False: not yet."""
+        with self.lock:
+            if record.ended or not record.watchers:  # by another reaper, or before an interruption; or left
+                self._publish(record, by)
+                return True
+            try:
+                raw = _kernel.look(record.pid, record.pidfd)
+            except ChildProcessError:
+                return self._gone(record, by)
+            except OSError as exc:
+                # No errno but ECHILD is known here. Not to know is no reason to hang, to spin, or to end the service.
+                self._table.lost(record, f"the kernel answered {exc}")
+                self._publish(record, by)
+                return True
+            if raw is None:
+                # Observed, and running: the owner has collected it, and the number is another child's by now.
+                return record.state is State.OBSERVED and self._gone(record, by)
+            if record.pidfd < 0 and record.identity is not None:
+                current = _kernel.identify(record.pid)
+                if current not in (None, record.identity):  # the number is another child's by now: not ours to take
+                    return self._gone(record, by, certain=True)
+            record.glimpse = raw
+            return self._collect(record, raw, by)
+
+    def _collect(self, record: Record[Any], raw: int, by: Home) -> bool:
+        if not record.reap:
+            self._table.observed(record, ExitStatus.from_wait_status(record.pid, raw))
+            self._publish(record, by)
+            return True
+        usage = None
+        if record.keeper is not None:
+            if not record.keeper.collect(ExitStatus.from_wait_status(record.pid, raw).returncode):
+                return False
+        else:
+            try:
+                taken = _kernel.take(record.pid)
+            except ChildProcessError:
+                pass  # somebody was faster, or we were, before an interruption: the glimpse is the status
+            else:
+                if taken is None:
+                    return False
+                raw, usage = taken
+        self._table.exited(record, ExitStatus.from_wait_status(record.pid, raw, usage))
+        self._publish(record, by)
+        return True
+
+    def _gone(self, record: Record[Any], by: Home, *, certain: bool = False) -> bool:
+        """Deal with a child that somebody else has collected. False: the kernel doesn't know how it ended *yet*."""
+        if record.state is State.OBSERVED:  # by its owner, as it should be
+            self._table.drop(record)
+            for watch in record.watchers:
+                watch.home.finder.drop(record)
+            return True
+        keeper = record.keeper
+        raw: int | str = record.glimpse if record.glimpse is not None else _kernel.recall(record.pidfd)
+        code = keeper.told() if keeper is not None else None
+        if raw == "later" and not certain:
+            return False
+        if isinstance(raw, int):
+            status = ExitStatus.from_wait_status(record.pid, raw)
+            if keeper is not None:
+                keeper.tell(status.returncode)
+            self._table.exited(record, status)
+        elif code is not None:
+            self._table.exited(record, ExitStatus(record.pid, code))
+        else:
+            self._table.lost(record, _kernel.ignored_statuses() or _STOLEN)
+        self._publish(record, by)
+        return True
+
+    def _publish(self, record: Record[Any], by: Home) -> None:
+        # From the end, one by one, and each can be told twice: an interruption leaves the rest for the next time.
+        for watch in reversed(list(record.watchers)):
+            watch.home.finder.drop(record)
+            watch.home.post(watch, by)
+            if record.ended:
+                record.watchers.remove(watch)
+            else:
+                watch.home.finder.observe(record)
+        self._close_pidfd(record)
+
+    def _close_pidfd(self, record: Record[Any]) -> None:
+        pidfd, record.pidfd = record.pidfd, -1
+        if pidfd in self._pidfds:
+            self._pidfds.discard(pidfd)
+            os.close(pidfd)
+
+    def send(self, record: Record[Any], signum: int) -> bool:
+        """Signal a child; False, and nothing sent, if it has ended."""
+        with self.lock:
+            if record.ended:
+                return False
+            return _kernel.send(record.pid, record.pidfd, record.identity, signum)
+
+    def forked(self) -> None:
+        """In a forked child: the children and the descriptors are the parent's; start anew."""
+        self.lock = threading.RLock()  # a thread that isn't here may have held it
+        for home in list(self.homes):
+            home.forked()
+        self.homes.clear()
+        for pidfd in self._pidfds:
+            os.close(pidfd)
+        self._pidfds.clear()
+        self._table = Table()
+
+
+_STOLEN: Final = (
+    "somebody else collected it (a waitpid in this process, Popen.poll or os.wait), and this kernel does not keep it"
+)
+
+
+def _why_not(keeper: Keeper | None) -> str:
+    if keeper is None:
+        return (
+            "it is somebody else's child, or has been collected already. A process can be waited for by its parent"
+            " only, and once"
+        )
+    return "it was collected behind the back of the object that was handed in, or is a child of the fork server"
+
+
+registry: Final = Registry()
+
+
+def _forked() -> None:
+    _sigchld.forked()
+    registry.forked()
+
+
+os.register_at_fork(after_in_child=_forked)

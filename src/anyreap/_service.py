@@ -1,0 +1,337 @@
+"""The service: the one loop of a reaper. Wait, drain, sweep, wake.
+
+It owns what one reaper has: the self-pipe, the finder, the children that it watches, the counters. It outlives every
+cancellation of the block, because the shutdown needs it most then, and is joined before the block is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from typing import TYPE_CHECKING, Final, Literal
+
+import anyio
+
+from anyreap import _kernel, _sigchld
+from anyreap._errors import SigchldUnavailable
+from anyreap._finder import Finder, Origin
+from anyreap._loop import current_loop
+from anyreap._registry import registry
+from anyreap._table import State
+
+if TYPE_CHECKING:
+    from anyio.streams.memory import MemoryObjectSendStream
+
+    from anyreap._child import Child
+    from anyreap._registry import Home
+    from anyreap._shutdown import Shutdown
+    from anyreap._status import ExitStatus
+    from anyreap._table import Record
+
+# How long the service keeps the loop to itself before it lets the others run, in seconds of real time: some 200 exits.
+# The tasks that they wake take their time after it.
+_SLICE: Final = 0.002
+
+# How long a block that is thrown away blocks for its killed children, in seconds.
+_ABANDON: Final = 1.0
+
+
+class Watch:
+    """One reaper's share in one child: who waits for it here, and whether it is to be collected and owned."""
+
+    __slots__ = ("child", "event", "home", "policy", "reap", "record", "told")
+
+    def __init__(self, record: Record[Watch], home: Service, *, reap: bool) -> None:
+        self.record: Final = record
+        self.home: Final = home
+        self.reap = reap
+        self.policy: Shutdown = home.shutdown
+        self.told = State.RUNNING
+        self.child: Child | None = None  # the handle, as long as the same one has to be returned again
+        self.event: anyio.Event | None = None  # made by the first task that waits: most children have none
+
+    @property
+    def settled(self) -> bool:
+        """Whether a wait has nothing left to wait for."""
+        return self.record.state is not State.RUNNING or self.home.closed or self.home.failure is not None
+
+    def settle(self) -> None:
+        """Wake the tasks that wait."""
+        if self.event is not None:
+            with contextlib.suppress(RuntimeError):  # of a loop that is being torn down: nobody waits there any more
+                self.event.set()
+
+
+class Service:
+    """One reaper, without its public face."""
+
+    def __init__(self, *, heartbeat: float, shutdown: Shutdown) -> None:
+        self.heartbeat = heartbeat
+        self.shutdown = shutdown
+        self.loop = current_loop()
+        self.pid = os.getpid()
+        self.thread = threading.get_ident()
+        self.source: Literal["sigchld", "pidfd"] = "pidfd"
+        self.closing = self.closed = False
+        self.failure: BaseException | None = None
+        self.watches: set[Watch] = set()
+        self.owned: set[Watch] = set()
+        self.changed = anyio.Event()
+        self.exits: list[MemoryObjectSendStream[ExitStatus]] = []
+        self.reaped = self.lost = self.wakeups = self.late = 0
+        self._stopping = False
+        self._stopped = anyio.Event()
+        self._inbox: deque[Watch] = deque()
+
+    # Opening and closing ------------------------------------------------------------------------------------------
+
+    def open(self, source: Literal["auto", "sigchld", "pidfd"]) -> None:
+        """Take what is needed and start; take nothing if anything of it fails."""
+        self._pipe = _sigchld.SelfPipe()
+        try:
+            self.finder = Finder()
+            try:
+                self._subscribe(source)
+                try:
+                    fd = self._pipe.fileno()
+                    if self.source == "pidfd" and self.finder.fileno() >= 0:
+                        self.finder.also_wake_on(fd)
+                        fd = self.finder.fileno()
+                    self.loop.open(fd, self._drain, self._pipe.wake)
+                except BaseException:
+                    _sigchld.unsubscribe(self._pipe)
+                    raise
+            except BaseException:
+                self.finder.close()
+                raise
+        except BaseException:
+            self._pipe.close()
+            raise
+        registry.homes.add(self)
+        self.loop.start(self._serve, self._died)
+
+    def _subscribe(self, source: Literal["auto", "sigchld", "pidfd"]) -> None:
+        # Warnings come first: one that was made an error must find nothing installed.
+        if ignored := _kernel.ignored_statuses():
+            _warn(
+                f"{ignored}. The status of one that ends while no SIGCHLD handler is installed can be read back on"
+                " Linux >= 6.15 only, and is lost elsewhere. Give SIGCHLD its default disposition before children"
+                " start: signal.signal(signal.SIGCHLD, signal.SIG_DFL)"
+            )
+        if source == "sigchld":
+            if _sigchld.blocked():
+                _warn(
+                    "SIGCHLD is blocked in this thread: exits are seen up to one heartbeat late. Unblock it"
+                    " (signal.pthread_sigmask), or open the reaper with source='pidfd'. The mask is left as it is"
+                )
+            self._subscribe_sigchld()
+        elif source == "auto":
+            self._choose()
+
+    def _choose(self) -> None:
+        why = _sigchld.unavailable()
+        if not why and _sigchld.blocked():
+            why = "SIGCHLD is blocked in this thread: unblock it (signal.pthread_sigmask), or write source='sigchld'"
+        if not why:
+            try:
+                self._subscribe_sigchld()
+            except SigchldUnavailable as exc:
+                why = str(exc)
+            else:
+                return
+        if not _kernel.pidfds_usable():
+            msg = (
+                "nothing can wake a reaper here. No pidfds: this kernel or sandbox has none (Linux >= 5.4 has). No"
+                f" SIGCHLD: {why}. With source='pidfd' written out, each child is looked at once in a heartbeat"
+            )
+            raise SigchldUnavailable(msg)
+
+    def _subscribe_sigchld(self) -> None:
+        _sigchld.subscribe(self._pipe, lend=self.loop.lends_wakeup_fd)
+        self.source = "sigchld"
+
+    async def stop(self) -> BaseException | None:
+        """End the service task and let go of everything. Returns the interrupt that came meanwhile, if one did."""
+        interrupt: BaseException | None = None
+        self._stopping = True
+        self.loop.kick()
+        while not self._stopped.is_set():
+            try:
+                with anyio.CancelScope(shield=True):
+                    await self._stopped.wait()
+            except self.loop.interrupts as exc:
+                interrupt = exc
+        try:
+            self.release()
+        except KeyboardInterrupt as exc:
+            interrupt = exc
+            self.release()
+        return interrupt
+
+    def abandon(self) -> None:
+        """Leave at once, without a single await: the coroutine of the block is being thrown away (GeneratorExit)."""
+        self._stopping = self.closing = True
+        for watch in list(self.owned):
+            with contextlib.suppress(OSError):
+                registry.send(watch.record, signal.SIGKILL)
+        end = time.monotonic() + _ABANDON
+        while self.owned and time.monotonic() < end:
+            for watch in list(self.owned):
+                registry.check(watch.record, self)
+            time.sleep(0.001)
+        left = sorted(watch.record.pid for watch in self.owned)
+        self.release()
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.kick()
+        if left:
+            warnings.warn(f"a reaper was thrown away with children running: {left}", ResourceWarning, stacklevel=2)
+
+    def release(self) -> None:
+        """Put back and close everything, in an order in which nothing is used after it. Can be done twice."""
+        self._stopping = self.closed = True
+        _sigchld.unsubscribe(self._pipe)  # first: from now on no handler writes into the pipe
+        self.loop.close()
+        with registry.lock:
+            for watch in list(self.watches):
+                registry.leave(watch.record, watch)
+                watch.settle()
+                watch.child = None
+                self.watches.discard(watch)
+            registry.homes.discard(self)
+        self.owned.clear()
+        while self.exits:
+            self.exits.pop().close()
+        self.finder.close()
+        self._pipe.close()
+
+    def forked(self) -> None:
+        """In a forked child: close the copies of our descriptors. What the loop knows of them is the parent's."""
+        self.closed = self._stopping = True
+        self._pipe.close()
+        self.finder.close()
+
+    def check_use(self, *, closed_is_fine: bool = False) -> None:
+        """Refuse misuse.
+
+        Raises:
+            RuntimeError: In a forked child, in another thread, or after the block was left.
+        """
+        if os.getpid() != self.pid:
+            msg = (
+                f"this reaper belongs to process {self.pid}, and this is a forked child of it, {os.getpid()}: the"
+                " children are the parent's to wait for. Open a reaper of its own here"
+            )
+            raise RuntimeError(msg)
+        if threading.get_ident() != self.thread:
+            msg = (
+                "this reaper was opened in another thread: call it there (anyio.from_thread.run_sync), or open one here"
+            )
+            raise RuntimeError(msg)
+        if self.closed and not closed_is_fine:
+            msg = "this reaper is closed: its block was left. Use it inside of `async with anyreap.open_reaper()`"
+            raise RuntimeError(msg)
+
+    # The loop -----------------------------------------------------------------------------------------------------
+
+    async def _serve(self) -> None:
+        try:
+            beat_at = self.loop.now() + self.heartbeat
+            while not self._stopping:
+                # The heartbeat is a period, not a timeout of idleness: other people's exits don't put it off.
+                woken = await self.loop.wait(min(beat_at, self.finder.next_retry()))
+                if self._stopping:
+                    return
+                now = self.loop.now()
+                beat = now >= beat_at
+                if beat:
+                    beat_at = now + self.heartbeat
+                self.wakeups += woken
+                await self._sweep(now, woken=woken, beat=beat)
+        except Exception as exc:  # noqa: BLE001  (whatever it is, the waiting tasks must hear of it)
+            self._fail(exc)
+
+    def _drain(self) -> None:
+        if self.source == "sigchld" or self.finder.fileno() < 0 or self.finder.drain():
+            self._pipe.drain()
+
+    async def _sweep(self, now: float, *, woken: bool, beat: bool) -> None:
+        late = 0
+        while self._inbox:
+            self.tell(self._inbox.popleft())
+        began = time.monotonic()
+        for record, origin in self.finder.candidates(now, beat=beat):
+            if registry.check(record, self):
+                late += not woken and beat and origin is not Origin.RETRIED and record.state is not State.OBSERVED
+            elif origin is not Origin.SCANNED:
+                self.finder.retry(record, self.loop.now())
+            if time.monotonic() - began > _SLICE:
+                await self.loop.checkpoint()
+                if self._stopping:
+                    return
+                began = time.monotonic()
+        self.late += late
+        if beat and self.source == "sigchld":
+            _sigchld.refresh(late=late > 0)
+
+    def _died(self) -> None:
+        if not self._stopping and self.failure is None:
+            self.release()  # the loop is being torn down under an open block
+        self._stopped.set()
+
+    def _fail(self, exc: BaseException) -> None:
+        self.failure = exc
+        for watch in list(self.watches):
+            watch.settle()
+        self._change()
+
+    # Telling ------------------------------------------------------------------------------------------------------
+
+    def post(self, watch: Watch, by: Home) -> None:
+        """Tell the waiting tasks of a child, in the loop that they run on."""
+        if isinstance(by, Service) and by.loop.home is self.loop.home:
+            self.tell(watch)
+        else:
+            self._inbox.append(watch)
+            self._pipe.wake()
+
+    def tell(self, watch: Watch) -> None:
+        """Wake the tasks that wait for a child, and count it. The second time does nothing."""
+        record = watch.record
+        if watch.told is record.state:
+            return
+        watch.told = record.state
+        watch.settle()
+        if not record.ended:
+            return
+        self.watches.discard(watch)
+        watch.child = None
+        if record.state is State.LOST:
+            self.lost += 1
+        elif watch.reap and record.status is not None:
+            self.reaped += 1
+            for stream in list(self.exits):
+                try:
+                    stream.send_nowait(record.status)
+                except (anyio.BrokenResourceError, anyio.ClosedResourceError):
+                    stream.close()
+                    self.exits.remove(stream)
+        if watch in self.owned:
+            self.owned.discard(watch)
+            self._change()
+
+    def _change(self) -> None:
+        self.changed.set()
+        self.changed = anyio.Event()
+
+    def kick(self) -> None:
+        """Have the service sweep now."""
+        self.loop.kick()
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,164 @@
+"""`Shutdown`: the policy as plain values, and the ladder that carries it out.
+
+The ladder runs in the task that leaves the block, as one loop with one place where it waits. What interrupts it there
+(Ctrl-C, a native cancellation of asyncio: both reach a task through any shield) is noted, ends the grace, and the loop
+goes on; it keeps all that it has done in one object, so it can be interrupted anywhere and begun again. A task of its
+own would need all of that too, and somebody who waits for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal as _signal
+import time
+from typing import TYPE_CHECKING, Final, Literal
+
+import anyio
+
+from anyreap import _kernel
+from anyreap._registry import registry
+
+if TYPE_CHECKING:
+    from anyreap._service import Service, Watch
+
+# How long a killed child may take to be gone before the block is left without it, in seconds. Death by SIGKILL takes
+# microseconds, and seconds where gigabytes have to be given back; what takes longer is held by something.
+KILL_BOUND: Final = 5.0
+
+# How often the children are looked at while the ladder waits, in seconds: soon at first, then twice as long each time.
+# It does not rely on the service: SIGCHLD may be blocked, the heartbeat long, the service itself have failed.
+_LOOK_FIRST: Final = 0.005
+_LOOK_LAST: Final = 0.25
+
+# How often cancelled scopes are counted, in seconds: nothing tells of a second one.
+_COUNT: Final = 0.05
+
+_SLICE: Final = 0.002
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shutdown:
+    """How an owned child is ended when its block is cancelled or fails: a policy, as plain values.
+
+    Send `signal`, then SIGCONT (a stopped child would never see it); wait `grace` seconds; send SIGKILL; collect. All
+    children of a reaper are shut down at the same time, each by its own policy.
+
+    Attributes:
+        signal: The first signal. Default: SIGTERM.
+        grace: Seconds between the first signal and SIGKILL. 0: SIGKILL at once, and no other signal. `math.inf`:
+            never. Default: 5.0.
+        scope: `"process"`: the child alone.
+
+    Raises:
+        ValueError: `grace` is negative or NaN, `scope` is unknown, or `signal` is not the number of a signal.
+
+    Example:
+        ```python
+        import signal
+        import anyreap
+
+        async def main() -> None:
+            polite = anyreap.Shutdown(signal=signal.SIGINT, grace=30)
+            async with anyreap.open_reaper(shutdown=polite) as reaper:
+                ...
+        ```
+    """
+
+    signal: int = _signal.SIGTERM
+    grace: float = 5.0
+    scope: Literal["process"] = "process"
+
+    def __post_init__(self) -> None:
+        if not self.grace >= 0:  # NaN too
+            msg = f"grace is a number of seconds, 0 or more (math.inf: SIGKILL is never sent), not {self.grace!r}"
+            raise ValueError(msg)
+        if self.scope != "process":
+            msg = f"scope is 'process', not {self.scope!r}"
+            raise ValueError(msg)
+        if self.signal not in _signal.valid_signals():
+            msg = f"signal is the number of a signal, such as signal.SIGTERM, not {self.signal!r}"
+            raise ValueError(msg)
+
+
+class Ladder:
+    """Ends the owned children of a reaper: the first signal, the grace period, SIGKILL, the collecting."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._loop = service.loop
+        self._kill_at: dict[Watch, float] = {}
+        self._killed_at: dict[Watch, float] = {}
+        self._trouble: dict[Watch, str] = {}
+        self._hurry = False
+        self.interrupt: BaseException | None = None
+        # What began this may have been the cancellation of a scope. The next one says that it takes too long.
+        self._cancelled = service.loop.cancelled_scopes()
+        self._patience = max(1, self._cancelled())
+
+    async def climb(self) -> dict[int, str]:
+        """End all owned children. Shielded and bounded; returns those that outlived SIGKILL, and in what state."""
+        look_at, delay = -math.inf, _LOOK_FIRST
+        while True:
+            try:
+                now = self._loop.now()
+                if now >= look_at:
+                    await self._look()
+                    look_at, delay = now + delay, min(delay * 2, _LOOK_LAST)
+                if not self._service.owned:
+                    return {}
+                self._hurry = self._hurry or self._cancelled() > self._patience
+                due, last = self._step(now)
+                if last and now >= due:
+                    return {watch.record.pid: self._state(watch) for watch in self._service.owned}
+                await self._pause(min(due, look_at, now + _COUNT))
+            except self._loop.interrupts as exc:
+                self.interrupt = exc
+                self._hurry = True
+                look_at, delay = -math.inf, _LOOK_FIRST
+
+    def _step(self, now: float) -> tuple[float, bool]:
+        """Send what is due. Returns when there is something to do again, and whether that is to give up."""
+        for watch in list(self._service.owned):
+            policy = watch.policy
+            if watch in self._killed_at:
+                continue
+            if self._hurry or policy.grace == 0 or now >= self._kill_at.get(watch, math.inf):
+                # It may have ended in time without having been seen: then there is nobody to kill.
+                if not registry.check(watch.record, self._service):
+                    self._send(watch, _signal.SIGKILL)
+                self._killed_at[watch] = now
+            elif watch not in self._kill_at:
+                self._kill_at[watch] = now + policy.grace
+                self._send(watch, policy.signal)
+                self._send(watch, _signal.SIGCONT)
+        waiting = [self._kill_at[watch] for watch in self._service.owned if watch not in self._killed_at]
+        if waiting:
+            return min(waiting), False
+        return max(self._killed_at.values(), default=now) + KILL_BOUND, True
+
+    def _send(self, watch: Watch, signum: int) -> None:
+        try:
+            registry.send(watch.record, signum)
+        except OSError as exc:  # EPERM: another user's by now. It may end by itself, and is named if it does not
+            self._trouble[watch] = f"signal {signum} could not be sent: {exc.strerror}"
+
+    async def _look(self) -> None:
+        began = time.monotonic()
+        for watch in list(self._service.owned):
+            registry.check(watch.record, self._service)
+            if time.monotonic() - began > _SLICE:
+                await self._pause(-math.inf)
+                began = time.monotonic()
+
+    async def _pause(self, until: float) -> None:
+        """Wait until a time, or until a child has ended. Only what no shield keeps off comes through."""
+        with anyio.CancelScope(shield=True, deadline=max(until, self._loop.now())):
+            await self._service.changed.wait()
+
+    def _state(self, watch: Watch) -> str:
+        fields = _kernel.stat_fields(watch.record.pid)
+        seen = [f"state {fields[0]}"] if fields else []
+        if watch in self._trouble:
+            seen.append(self._trouble[watch])
+        return ", ".join(seen)

@@ -1,0 +1,507 @@
+"""SIGCHLD: the self-pipe, the one handler of this process, the wakeup fd, and what a fork does to them.
+
+The only place that calls `signal.signal`, `signal.siginterrupt` and `signal.set_wakeup_fd`. It is the ancestor
+`twisted.internet._signals` with its faults mended; field.md of the project's history lists them, in short:
+
+- the previous handler is chained, and put back with its flags, but only where ours is still in place;
+- a foreign wakeup fd is neither replaced nor reset;
+- a full pipe is silent: a byte is a hint and no datum, one is as good as a thousand;
+- a forked child neither runs our handler nor writes into our pipe.
+
+Why a Python handler *and* a wakeup fd. A Python handler runs in the main thread, when the interpreter gets round to
+it. Does a signal that arrives while the main thread sleeps in `epoll_wait` make it get round to it? Only if the kernel
+delivers the signal to that very thread (EINTR). It may choose any thread that doesn't block it, and chooses the one
+that forked; so an asyncio loop sleeps on (measured: until the next timer). The wakeup fd is written by C, in whatever
+thread, and wakes whoever polls it. trio always has one; plain asyncio has none until `add_signal_handler`, so ours is
+lent to it. Which fd it is does not matter: it wakes the main thread, the main thread runs the handler, and the
+handler writes into every open reaper's pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import sys
+import threading
+import warnings
+from typing import TYPE_CHECKING, Any, Final, Self
+
+from anyreap import _kernel
+from anyreap._errors import SigchldUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import FrameType, TracebackType
+
+
+class SelfPipe:
+    """A pipe that a program writes to itself, to make a signal something that can be waited for like any other I/O.
+
+    Non-blocking at both ends and close-on-exec (`man 7 pipe`; D. J. Bernstein, "The self-pipe trick"). What is in it
+    carries no meaning: readable means "look again". Not a stream: bytes may be dropped when it is full.
+
+    Raises:
+        OSError: The pipe could not be made (EMFILE, ENFILE).
+
+    Example:
+        ```python
+        import anyreap.lowlevel
+
+        with anyreap.lowlevel.SelfPipe() as pipe:
+            pipe.wake()
+            pipe.wake()
+            assert pipe.drain() == 2  # bytes; now it is not readable any more
+        ```
+    """
+
+    __slots__ = ("_read", "_write")
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(os, "pipe2") else _pipe()
+
+    def fileno(self) -> int:
+        """Return the read end, the one to wait on; -1 once it is closed."""
+        return self._read
+
+    def write_fileno(self) -> int:
+        """Return the write end, the one for `signal.set_wakeup_fd`; -1 once it is closed."""
+        return self._write
+
+    def wake(self) -> None:
+        """Make the read end readable. For signal handlers and other threads: one `write(2)`, no lock.
+
+        Silent when the pipe is full (it is readable then) and when it is closed (nobody waits then).
+        """
+        # A number that was closed may be somebody's file by now, so it is looked up each time and never kept.
+        with contextlib.suppress(OSError):
+            if self._write >= 0:
+                os.write(self._write, b"\0")
+
+    def drain(self) -> int:
+        """Read all that is in the pipe. Returns the number of bytes."""
+        return len(self.read())
+
+    def read(self) -> bytes:
+        """Read and return all that is in the pipe: zeros from `wake`, signal numbers from a wakeup fd."""
+        data = b""
+        with contextlib.suppress(BlockingIOError):
+            while chunk := os.read(self._read, 65536):
+                data += chunk
+                if len(chunk) < 65536:  # noqa: PLR2004  (a short read: it is empty now)
+                    break
+        return data
+
+    def close(self) -> None:
+        """Close both ends. Does nothing the second time."""
+        # The number is forgotten before it is closed: a handler that runs in between must not find it.
+        read, write = self._read, self._write
+        self._read = self._write = -1
+        for fd in (write, read):
+            if fd >= 0:
+                with contextlib.suppress(OSError):  # closed by somebody else
+                    os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _pipe() -> tuple[int, int]:
+    # macOS has no pipe2(). Python's os.pipe() is close-on-exec already (PEP 446).
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    return read, write
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The disposition, as the kernel has it. `signal.getsignal` shows Python's table: it can't see a handler that was
+# installed from C, nor the flags (SA_RESTART, SA_NOCLDWAIT), and `signal.signal` clears them. So "put back what was
+# found" takes sigaction(2) itself. Where its layout is not known, Python's view has to do.
+
+
+class _SigactionLinux(ctypes.Structure):
+    # struct sigaction of glibc and of musl, on every architecture but MIPS.
+    _fields_ = [  # noqa: RUF012  (ctypes wants it so)
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_ubyte * 128),
+        ("flags", ctypes.c_int),
+        ("restorer", ctypes.c_void_p),
+    ]
+
+
+class _SigactionDarwin(ctypes.Structure):
+    _fields_ = [  # noqa: RUF012
+        ("handler", ctypes.c_void_p),
+        ("mask", ctypes.c_uint32),
+        ("flags", ctypes.c_int),
+    ]
+
+
+_Sigaction: Final[type[ctypes.Structure] | None] = (
+    _SigactionLinux
+    if sys.platform == "linux" and not os.uname().machine.startswith("mips")
+    else _SigactionDarwin
+    if sys.platform == "darwin"
+    else None
+)
+
+
+def _sigaction() -> Callable[..., int] | None:
+    if _Sigaction is None:
+        return None
+    try:
+        function = ctypes.CDLL(None, use_errno=True).sigaction
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.POINTER(_Sigaction), ctypes.POINTER(_Sigaction)]
+    function.restype = ctypes.c_int
+    return function  # type: ignore[no-any-return]
+
+
+def _disposition() -> Any:
+    """The struct sigaction of SIGCHLD, or None where it can't be read."""
+    function = _sigaction()
+    if function is None or _Sigaction is None:
+        return None
+    found = _Sigaction()
+    return found if function(signal.SIGCHLD, None, ctypes.byref(found)) == 0 else None
+
+
+def _dispose(wanted: Any) -> None:
+    function = _sigaction()
+    if function is not None and wanted is not None:
+        function(signal.SIGCHLD, ctypes.byref(wanted), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Installed:
+    """Our handler, from its installation to its removal.
+
+    A new object each time, with the handler as its method. Were it one function with its state beside it, somebody who
+    chains to us and stays would lead back into itself after the next installation.
+    """
+
+    def __init__(self) -> None:
+        self.pipes: tuple[SelfPipe, ...] = ()
+        self.pid = os.getpid()
+        self.found_action = _disposition()
+        self.found: Any = signal.getsignal(signal.SIGCHLD)
+        self.lent = -1
+        self.lends = False
+        self.foreign = False
+        signal.signal(signal.SIGCHLD, self.handle)
+        signal.siginterrupt(signal.SIGCHLD, False)
+        self.action = _disposition()
+
+    def hides_a_c_handler(self) -> bool:
+        """Whether what was found looked like a Python handler to Python, and was not: it had been replaced from C."""
+        if not callable(self.found) or self.action is None or self.found_action is None:
+            return False
+        return bool(self.found_action.handler != self.action.handler)
+
+    def handle(self, signum: int, frame: FrameType | None) -> None:
+        """Write one byte into each open reaper's pipe, then call the handler that was found."""
+        # Ours first: the one that was found may raise. In a child that was forked past Python's back (C code that
+        # calls fork), where nobody could restore anything, the pipes are the parent's.
+        if self.pid == os.getpid():
+            for pipe in self.pipes:
+                pipe.wake()
+        if callable(self.found):
+            self.found(signum, frame)
+
+    def in_place(self) -> bool:
+        """Whether ours is still the handler, as Python sees it and as the kernel does."""
+        # == and not "is": each access to a method makes a new object
+        if signal.getsignal(signal.SIGCHLD) != self.handle:
+            return False
+        action = _disposition()
+        return action is None or self.action is None or action.handler == self.action.handler
+
+    def remove(self) -> bool:
+        """Put back what was found; False if somebody else's handler is in place, which is left to them."""
+        self.pipes = ()
+        self.take_back()
+        if signal.getsignal(signal.SIGCHLD) != self.handle:
+            return False
+        action = _disposition()
+        ours = action is None or self.action is None or action.handler == self.action.handler
+        if self.found is not None:
+            signal.signal(signal.SIGCHLD, self.found)
+        # From Python's table our handler is gone either way. What the kernel calls is the one that was found, with its
+        # flags, or the one that somebody installed from C after us.
+        _dispose(self.found_action if ours else action)
+        return ours
+
+    def lend(self) -> None:
+        """Lend a pipe as the wakeup fd, if there is none: see the module's docstring.
+
+        There is no call that tells the wakeup fd without setting it. So ours is set, and one that is found is put back
+        at once, along with what fell into ours meanwhile: asyncio dispatches its signals by the bytes. It gets the flag
+        `warn_on_full_buffer` that asyncio gives it, which can't be read either; hence it is not looked for again
+        until there is a sign that nothing wakes us.
+        """
+        pipe = self.pipes[0]
+        hinted = pipe.drain()  # of no meaning to asyncio: from before
+        found = signal.set_wakeup_fd(pipe.write_fileno(), warn_on_full_buffer=False)
+        if found in (-1, self.lent):
+            self.lent, self.foreign = pipe.write_fileno(), False
+        else:
+            with contextlib.suppress(ValueError):  # closed by its owner, who did not take it back
+                signal.set_wakeup_fd(found)
+            self.lent, self.foreign = -1, True
+            strays = pipe.read()
+            hinted += len(strays)
+            with contextlib.suppress(OSError):
+                os.write(found, strays.replace(b"\0", b""))
+        if hinted:
+            pipe.wake()
+
+    def take_back(self) -> None:
+        """Take the wakeup fd back, if ours is still set: to none, for it was lent only where there was none."""
+        if self.lent < 0:
+            return
+        lent, self.lent = self.lent, -1
+        found = signal.set_wakeup_fd(-1)
+        if found not in (-1, lent):
+            signal.set_wakeup_fd(found)
+
+
+_C_HANDLER: Final = (
+    "a handler that was installed from C is in place, which Python can neither chain nor see: write source='pidfd'"
+)
+
+_installed: _Installed | None = None
+_warned = False
+
+
+def unavailable() -> str:
+    """Why a SIGCHLD handler can't work here, in a sentence with the remedy; "" if it can."""
+    if threading.current_thread() is not threading.main_thread():
+        return (
+            "a signal handler can be installed only from the main thread, and this is another one: open the reaper in"
+            " the main thread, or write source='pidfd'"
+        )
+    if _loop_is_uvloop():
+        return (
+            "under uvloop a Python SIGCHLD handler and libuv's destroy each other: write source='pidfd', or run on"
+            " plain asyncio or trio"
+        )
+    handler = signal.getsignal(signal.SIGCHLD)
+    if handler is None or (not callable(handler) and _kernel.signal_set("SigCgt", signal.SIGCHLD)):
+        return _C_HANDLER
+    return ""
+
+
+def blocked() -> bool:
+    """Whether SIGCHLD is blocked in this thread."""
+    return signal.SIGCHLD in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def _loop_is_uvloop() -> bool:
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is None:
+        return False
+    try:
+        loop = asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return bool(type(loop).__module__.partition(".")[0] == "uvloop")
+
+
+def subscribe(pipe: SelfPipe, *, lend: bool) -> None:
+    """Have a pipe written to at every SIGCHLD; the first one installs the handler.
+
+    Args:
+        pipe: The pipe.
+        lend: Whether the loop may lack a wakeup fd of its own (asyncio does, trio doesn't).
+
+    Raises:
+        SigchldUnavailable: It can't work here. Nothing was installed.
+    """
+    global _installed, _warned  # noqa: PLW0603  (there is one disposition per process, and this is it)
+    if why := unavailable():
+        raise SigchldUnavailable("no SIGCHLD self-pipe here: " + why)
+    if _installed is None:
+        installed = _Installed()
+        if installed.hides_a_c_handler():
+            installed.remove()
+            signal.raise_signal(signal.SIGCHLD)  # for whom it was meant, had one come meanwhile
+            raise SigchldUnavailable("no SIGCHLD self-pipe here: " + _C_HANDLER)
+        _installed = installed
+        _warned = False
+    _installed.pipes += (pipe,)
+    if lend:
+        _installed.lends = True
+        _installed.lend()
+
+
+def unsubscribe(pipe: SelfPipe) -> None:
+    """Take a pipe out again, in any order; the last one puts back what the first one found."""
+    global _installed  # noqa: PLW0603
+    if _installed is None or pipe not in _installed.pipes:
+        return
+    rest = tuple(other for other in _installed.pipes if other is not pipe)
+    if rest:
+        _installed.pipes = rest
+        if _installed.lent == pipe.write_fileno():
+            _installed.take_back()
+            _installed.lend()
+        return
+    gone, _installed = _installed, None
+    if not gone.remove():
+        _warn_replaced()
+
+
+def refresh(*, late: bool) -> None:
+    """Once in a heartbeat: lend the wakeup fd again if asyncio has reset it; say so once if our handler is gone.
+
+    Args:
+        late: Whether the heartbeat has just found an exit that no signal told of.
+    """
+    if _installed is None:
+        return
+    if _installed.lends and (late or not _installed.foreign):
+        _installed.lend()
+    if late and not _installed.in_place():
+        _warn_replaced()
+
+
+def _warn_replaced() -> None:
+    global _warned  # noqa: PLW0603
+    if _warned:
+        return
+    _warned = True
+    warn(
+        "another SIGCHLD handler took the place of anyreap's while a reaper was open; it is left alone. Exits are seen"
+        " up to one heartbeat late meanwhile. Let it call the handler that it found, or open the reaper with"
+        " source='pidfd'."
+    )
+
+
+def warn(text: str) -> None:
+    """Warn, and never raise: a warning that was made an error must not end the service."""
+    try:
+        warnings.warn(text, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning as exc:
+        sys.unraisablehook(_Unraisable(exc))
+
+
+class _Unraisable:
+    # What sys.unraisablehook takes; there is no constructor for the real one.
+    def __init__(self, exc: BaseException) -> None:
+        self.exc_type = type(exc)
+        self.exc_value = exc
+        self.exc_traceback = exc.__traceback__
+        self.err_msg = "a warning of anyreap was made an error"
+        self.object = None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The ancestor's two functions.
+
+_lowlevel: _Installed | None = None
+_lowlevel_wakeup: tuple[int, int] = (-1, -1)  # ours, and the one that was found
+
+
+def install_handler(fd: int) -> int:
+    """Have a byte written to a file descriptor at every SIGCHLD; -1 undoes it.
+
+    The ancestor's `installHandler`, with the same meaning: a Python handler that does nothing (without one the kernel
+    tells nobody), `siginterrupt(SIGCHLD, False)` so that system calls go on, and `set_wakeup_fd(fd)`. What it got
+    wrong is mended: a Python handler that was there is still called; and -1 puts handler, flags and wakeup fd back as
+    they were found, unless somebody has changed them since, who then keeps them.
+
+    `open_reaper` needs none of this. Main thread only. Not under trio, which has a wakeup fd of its own.
+
+    Args:
+        fd: The write end of a non-blocking pipe or socket, or -1.
+
+    Returns:
+        The wakeup fd that was in place before the call, -1 for none.
+
+    Raises:
+        ValueError: The fd is not open, or is blocking, or this is not the main thread. Nothing was installed.
+
+    Example:
+        ```python
+        import os, select
+        from anyreap import lowlevel
+
+        with lowlevel.SelfPipe() as pipe:
+            lowlevel.install_handler(pipe.write_fileno())
+            pid = os.posix_spawn("/bin/true", ["true"], {})
+            select.select([pipe], [], [])
+            lowlevel.install_handler(-1)
+            assert lowlevel.reap(pid).success
+        ```
+    """
+    global _lowlevel, _lowlevel_wakeup  # noqa: PLW0603
+    if fd != -1:
+        found = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)  # first: it is the one that can fail
+        if _lowlevel is None:
+            _lowlevel = _Installed()
+            _lowlevel_wakeup = (fd, found)
+        else:
+            _lowlevel_wakeup = (fd, _lowlevel_wakeup[1])
+        return found
+    if _lowlevel is None:
+        found = signal.set_wakeup_fd(-1)
+        if found != -1:
+            signal.set_wakeup_fd(found)  # nobody's but theirs
+        return found
+    gone, _lowlevel = _lowlevel, None
+    (ours, before), _lowlevel_wakeup = _lowlevel_wakeup, (-1, -1)
+    gone.remove()
+    found = signal.set_wakeup_fd(-1)
+    back = before if found == ours else found
+    if back != -1:
+        with contextlib.suppress(ValueError, OSError):  # closed meanwhile by whoever set it
+            signal.set_wakeup_fd(back)
+    return found
+
+
+def is_default_handler() -> bool:
+    """Whether SIGCHLD has its default disposition, as far as Python can see: the ancestor's `isDefaultHandler`.
+
+    A handler that was installed from C is invisible to it (see `signal.getsignal`).
+
+    Example:
+        ```python
+        from anyreap import lowlevel
+
+        assert lowlevel.is_default_handler()
+        ```
+    """
+    return signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fork.
+
+
+def forked() -> None:
+    """In a forked child: restore what was found, and forget the rest. The pipes are closed by who owns them."""
+    global _installed, _lowlevel, _lowlevel_wakeup  # noqa: PLW0603
+    lowlevel, _lowlevel = _lowlevel, None
+    (ours, _), _lowlevel_wakeup = _lowlevel_wakeup, (-1, -1)
+    installed, _installed = _installed, None
+    if ours != -1:
+        # A wakeup fd that the parent still reads is no place for this process's signals.
+        found = signal.set_wakeup_fd(-1)
+        if found not in (-1, ours):
+            signal.set_wakeup_fd(found)
+    for each in (lowlevel, installed):
+        if each is not None:
+            pipes = each.pipes
+            each.remove()
+            for pipe in pipes:
+                pipe.close()

@@ -1,0 +1,75 @@
+"""Fixtures: every backend, every source, and the check that each test leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import anyio
+import pytest
+
+from anyreap import _kernel
+from tests import harness
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture(params=harness.HOSTS, ids=str)
+def host(request: pytest.FixtureRequest) -> harness.Host:
+    """Each backend with each source that works on it."""
+    return request.param  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def anyio_backend(host: harness.Host) -> tuple[str, dict[str, Any]]:
+    """Run each async test (`@pytest.mark.anyio`) on each host."""
+    return host.backend, host.options
+
+
+@pytest.fixture
+def source(host: harness.Host) -> Any:
+    """The source to open the reaper with."""
+    return host.source
+
+
+@pytest.fixture(params=["pidfds", "no-pidfds"])
+def pidfds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Once with pidfds, once as where there are none."""
+    if request.param == "no-pidfds":
+        monkeypatch.setattr(_kernel, "_usable", False)
+    return bool(request.param == "pidfds")
+
+
+@pytest.fixture
+def no_pidfds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there are no pidfds."""
+    monkeypatch.setattr(_kernel, "_usable", False)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warmed_up() -> None:
+    """Let each loop make what it makes once per process: libuv keeps a pipe for ever."""
+    for backend, options in (harness.TRIO, harness.ASYNCIO, harness.UVLOOP):
+        anyio.run(anyio.sleep, 0, backend=backend, backend_options=options)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a child, a descriptor, a thread, a handler, a flag, a wakeup fd or a mask behind."""
+    before = harness.look()
+    yield
+    gc.collect()
+    after = harness.look()
+    for pid in after.children - before.children:  # for the sake of the tests that follow
+        harness.end(pid)
+    for field in harness.Found._fields:
+        left, found = getattr(after, field), getattr(before, field)
+        if field == "threads":  # those of a pool end when they have been idle for a while
+            left = {name for name in left - found if "thread" not in name.lower() and "worker" not in name.lower()}
+            found = set()
+        if field == "fds":
+            left, found = left - found, set()
+        if left != found:
+            detail = f": {harness.open_fds()}" if field == "fds" else ""
+            pytest.fail(f"the test changed {field}: {found!r} before, {left!r} after{detail}")
