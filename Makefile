@@ -32,8 +32,8 @@ check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy --strict $(CODE)
-	$(BIN)/pyright --pythonpath $(BIN)/python --verifytypes anyreap --ignoreexternal
-	$(BIN)/python -m pytest --cov --cov-branch --cov-report=term-missing:skip-covered $(ARGS)
+	PATH='$(CURDIR)/$(BIN)':$$PATH pyright --verifytypes anyreap --ignoreexternal
+	$(BIN)/python -m pytest --cov --cov-branch $(ARGS)
 	$(BIN)/mkdocs build --strict --quiet
 
 docs: $(VENV)/.group-docs ## build the documentation into site/

@@ -83,9 +83,7 @@ class Gate:
     def add(self, script: str = "exit 0") -> int:
         """Start a shell that waits at the gate, then runs a script. Returns its pid."""
         actions = [(os.POSIX_SPAWN_DUP2, self.read, 0)]
-        pid = os.posix_spawn(
-            SHELL, ["sh", "-c", "read x; " + script], os.environ, file_actions=actions
-        )
+        pid = os.posix_spawn(SHELL, ["sh", "-c", "read x; " + script], os.environ, file_actions=actions)
         self.pids.append(pid)
         return pid
 
@@ -294,4 +292,3 @@ async def until(condition: Any, *, within: float = 20.0) -> None:
     with anyio.fail_after(within):
         while not condition():
             await anyio.sleep(0.002)
-

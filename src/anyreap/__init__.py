@@ -1,4 +1,4 @@
-"""anyreap: open a reaper nursery, hand in any child process, await its end on trio, asyncio or uvloop, and leave the
+r"""anyreap: open a reaper nursery, hand in any child process, await its end on trio, asyncio or uvloop, and leave the
 block knowing that nothing is left behind.
 
 The layout. Data flows one way, and every dangerous call has one home:
@@ -8,7 +8,7 @@ The layout. Data flows one way, and every dangerous call has one home:
                         _service     the one loop: wait (_loop), drain, sweep (_finder: who may have changed?), wake
                            |
                         _registry    the lock, and the way from a look at the kernel to everybody who waits
-                        /      \\
+                        /      \
                   _kernel      _table    the only wait calls; pure state
                            |
     _child, _reaper, _shutdown           what a program holds, how a block is left

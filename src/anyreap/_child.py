@@ -42,6 +42,8 @@ class Child:
 
     __slots__ = ("_watch",)
 
+    _watch: Watch
+
     def __init__(self) -> None:
         msg = "a Child is made by Reaper.watch() and Reaper.adopt()"
         raise TypeError(msg)

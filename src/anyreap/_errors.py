@@ -21,10 +21,11 @@ from __future__ import annotations
 
 import errno
 import subprocess
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable
 
     from anyreap._status import ExitStatus
 
@@ -131,11 +132,12 @@ class ChildFailed(subprocess.CalledProcessError):
     def __init__(
         self,
         status: ExitStatus,
-        cmd: str | bytes | Sequence[str | bytes] | None = None,
+        cmd: Any = None,
         output: Any = None,
         stderr: Any = None,
     ) -> None:
-        super().__init__(status.returncode, cmd if cmd is not None else status.pid, output, stderr)
+        who: Any = status.pid if cmd is None else cmd
+        super().__init__(status.returncode, who, output, stderr)
         self.status = status
 
     def __str__(self) -> str:
@@ -170,8 +172,8 @@ class StillRunning(RuntimeError):
         ```
     """
 
-    def __init__(self, pids: Mapping[int, str] | Sequence[int]) -> None:
-        seen = dict(pids) if hasattr(pids, "keys") else dict.fromkeys(pids, "")  # type: ignore[call-overload]
+    def __init__(self, pids: Mapping[int, str] | Iterable[int]) -> None:
+        seen = pids if isinstance(pids, Mapping) else dict.fromkeys(pids, "")
         self._seen: dict[int, str] = {pid: seen[pid] for pid in sorted(seen)}
         self.pids: tuple[int, ...] = tuple(self._seen)
         named = ", ".join(f"{pid} ({why})" if why else f"{pid}" for pid, why in self._seen.items())

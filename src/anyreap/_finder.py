@@ -134,7 +134,7 @@ class Finder:
                     self._ready.append(record)
                 else:
                     piped = True
-            if len(reports) < 1024 or piped:  # noqa: PLR2004
+            if len(reports) < 1024 or piped:
                 break
         self._interrupted = before
         return piped

@@ -51,7 +51,7 @@ def pidfds_usable() -> bool:
     A kernel may lack them (ENOSYS), a sandbox may deny them (EPERM, ENOSYS), and Linux 5.3 opens them but can't wait
     on them (EINVAL). Android up to 11 kills a process that merely asks (SIGSYS), so there nobody asks.
     """
-    global _usable  # noqa: PLW0603  (a fact about the kernel: one per process)
+    global _usable
     if _usable is None:
         _usable = _probe()
     return _usable
@@ -65,7 +65,7 @@ def _probe() -> bool:
     except OSError:
         return False
     try:
-        os.waitid(_P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)  # type: ignore[arg-type]
+        os.waitid(_P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return True  # we are no child of our own: the kernel knew the question
     except OSError:
@@ -105,7 +105,7 @@ def look(pid: int, pidfd: int = -1) -> int | None:
     flags = os.WEXITED | os.WNOHANG | os.WNOWAIT | _WALL
     if pidfd >= 0:
         try:
-            return _raw(os.waitid(_P_PIDFD, pidfd, flags))  # type: ignore[arg-type]
+            return _raw(os.waitid(_P_PIDFD, pidfd, flags))
         except OSError as exc:
             if exc.errno != errno.EINVAL:  # EINVAL: a sandbox that came after the probe
                 raise
@@ -192,7 +192,7 @@ def identify(pid: int, pidfd: int = -1) -> int | None:
 
 def _pidfds_numbered(pidfd: int) -> bool:
     # Before pidfs (Linux 6.9) all pidfds share one anonymous inode, which says so in its name.
-    global _numbered  # noqa: PLW0603  (a fact about the kernel: one per process)
+    global _numbered
     if _numbered is None:
         try:
             _numbered = os.readlink(f"/proc/self/fd/{pidfd}").startswith("pidfd:")
@@ -204,7 +204,7 @@ def _pidfds_numbered(pidfd: int) -> bool:
 def stat_fields(pid: int) -> list[str]:
     """The fields of `/proc/PID/stat` from the third one (the state) on; empty if they can't be read."""
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123  (a hundred times in a scan)
+        with open(f"/proc/{pid}/stat", "rb") as file:
             line = file.read()
     except OSError:
         return []
@@ -214,7 +214,7 @@ def stat_fields(pid: int) -> list[str]:
 
 def _start_time(pid: int) -> int | None:
     fields = stat_fields(pid)
-    return int(fields[19]) if len(fields) > 19 else None  # noqa: PLR2004  (field 22 of proc_pid_stat)
+    return int(fields[19]) if len(fields) > 19 else None
 
 
 def send(pid: int, pidfd: int, identity: int | None, signum: int) -> bool:
@@ -235,7 +235,9 @@ def send(pid: int, pidfd: int, identity: int | None, signum: int) -> bool:
     except ProcessLookupError:
         return False
     try:
-        if identity is None:  # it could not be had when the child was handed in: an unreaped child is all we can ask for
+        if (
+            identity is None
+        ):  # it could not be had when the child was handed in: an unreaped child is all we can ask for
             look(pid, fd)
         elif identify(pid, fd) != identity:
             return False
@@ -283,7 +285,7 @@ def ignored_statuses() -> str:
 def signal_set(name: str, signum: int) -> bool:
     """Whether a signal is in one of this process's sets in `/proc/self/status`: SigIgn, SigCgt, SigBlk."""
     try:
-        with open("/proc/self/status", "rb") as file:  # noqa: PTH123
+        with open("/proc/self/status", "rb") as file:
             for line in file:
                 if line.startswith(name.encode() + b":"):
                     return bool(int(line.split()[1], 16) >> (signum - 1) & 1)

@@ -14,30 +14,13 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator
 
 
-class Loop(Protocol):
-    """What the service needs of a loop."""
-
-    home: object
-    lends_wakeup_fd: bool
-    interrupts: tuple[type[BaseException], ...]
-
-    def now(self) -> float: ...  # noqa: D102
-    def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None: ...  # noqa: D102
-    def start(self, serve: Callable[[], Awaitable[None]], died: Callable[[], None]) -> None: ...  # noqa: D102
-    async def wait(self, until: float) -> bool: ...  # noqa: D102
-    async def checkpoint(self) -> None: ...  # noqa: D102
-    def kick(self) -> None: ...  # noqa: D102
-    def close(self) -> None: ...  # noqa: D102
-    def cancelled_scopes(self) -> Callable[[], int]: ...  # noqa: D102
-
-
-def current_loop() -> Loop:
+def current_loop() -> TrioLoop | AsyncioLoop:
     """Return the loop that runs the calling task.
 
     Raises:
@@ -180,11 +163,11 @@ class AsyncioLoop:
             await serve()
 
         def done(task: asyncio.Task[None]) -> None:
-            if task.cancelled() or isinstance(task.exception(), (KeyboardInterrupt, SystemExit)):
-                if not self._orphaned():
-                    self.start(serve, died)
-                    return
-            died()
+            killed = task.cancelled() or isinstance(task.exception(), (KeyboardInterrupt, SystemExit))
+            if killed and not self._orphaned():
+                self.start(serve, died)
+            else:
+                died()
 
         self._service = self._loop.create_task(anyreap_service(), name="anyreap service")
         self._service.add_done_callback(done)

@@ -88,6 +88,8 @@ class Reaper:
 
     __slots__ = ("_service",)
 
+    _service: Service
+
     def __init__(self) -> None:
         msg = "a Reaper is made by `async with anyreap.open_reaper() as reaper`"
         raise TypeError(msg)

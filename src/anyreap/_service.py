@@ -241,7 +241,7 @@ class Service:
     async def _serve(self) -> None:
         try:
             beat_at = self.loop.now() + self.heartbeat
-            while not self._stopping:
+            while True:
                 # The heartbeat is a period, not a timeout of idleness: other people's exits don't put it off.
                 woken = await self.loop.wait(min(beat_at, self.finder.next_retry()))
                 if self._stopping:

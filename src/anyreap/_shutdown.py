@@ -12,7 +12,7 @@ import dataclasses
 import math
 import signal as _signal
 import time
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal, TypeAlias, get_args
 
 import anyio
 
@@ -21,6 +21,8 @@ from anyreap._registry import registry
 
 if TYPE_CHECKING:
     from anyreap._service import Service, Watch
+
+Scope: TypeAlias = Literal["process"]
 
 # How long a killed child may take to be gone before the block is left without it, in seconds. Death by SIGKILL takes
 # microseconds, and seconds where gigabytes have to be given back; what takes longer is held by something.
@@ -67,13 +69,13 @@ class Shutdown:
 
     signal: int = _signal.SIGTERM
     grace: float = 5.0
-    scope: Literal["process"] = "process"
+    scope: Scope = "process"
 
     def __post_init__(self) -> None:
         if not self.grace >= 0:  # NaN too
             msg = f"grace is a number of seconds, 0 or more (math.inf: SIGKILL is never sent), not {self.grace!r}"
             raise ValueError(msg)
-        if self.scope != "process":
+        if self.scope not in get_args(Scope):
             msg = f"scope is 'process', not {self.scope!r}"
             raise ValueError(msg)
         if self.signal not in _signal.valid_signals():

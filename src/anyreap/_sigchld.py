@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -89,7 +90,7 @@ class SelfPipe:
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self._read, 65536):
                 data += chunk
-                if len(chunk) < 65536:  # noqa: PLR2004  (a short read: it is empty now)
+                if len(chunk) < 65536:
                     break
         return data
 
@@ -128,7 +129,7 @@ def _pipe() -> tuple[int, int]:
 
 class _SigactionLinux(ctypes.Structure):
     # struct sigaction of glibc and of musl, on every architecture but MIPS.
-    _fields_ = [  # noqa: RUF012  (ctypes wants it so)
+    _fields_ = [
         ("handler", ctypes.c_void_p),
         ("mask", ctypes.c_ubyte * 128),
         ("flags", ctypes.c_int),
@@ -137,7 +138,7 @@ class _SigactionLinux(ctypes.Structure):
 
 
 class _SigactionDarwin(ctypes.Structure):
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("handler", ctypes.c_void_p),
         ("mask", ctypes.c_uint32),
         ("flags", ctypes.c_int),
@@ -162,7 +163,7 @@ def _sigaction() -> Callable[..., int] | None:
         return None
     function.argtypes = [ctypes.c_int, ctypes.POINTER(_Sigaction), ctypes.POINTER(_Sigaction)]
     function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def _disposition() -> Any:
@@ -199,7 +200,7 @@ class _Installed:
         self.lends = False
         self.foreign = False
         signal.signal(signal.SIGCHLD, self.handle)
-        signal.siginterrupt(signal.SIGCHLD, False)
+        signal.siginterrupt(signal.SIGCHLD, False)  # noqa: FBT003  (it takes no keyword)
         self.action = _disposition()
 
     def hides_a_c_handler(self) -> bool:
@@ -327,7 +328,7 @@ def subscribe(pipe: SelfPipe, *, lend: bool) -> None:
     Raises:
         SigchldUnavailable: It can't work here. Nothing was installed.
     """
-    global _installed, _warned  # noqa: PLW0603  (there is one disposition per process, and this is it)
+    global _installed, _warned
     if why := unavailable():
         raise SigchldUnavailable("no SIGCHLD self-pipe here: " + why)
     if _installed is None:
@@ -346,7 +347,7 @@ def subscribe(pipe: SelfPipe, *, lend: bool) -> None:
 
 def unsubscribe(pipe: SelfPipe) -> None:
     """Take a pipe out again, in any order; the last one puts back what the first one found."""
-    global _installed  # noqa: PLW0603
+    global _installed
     if _installed is None or pipe not in _installed.pipes:
         return
     rest = tuple(other for other in _installed.pipes if other is not pipe)
@@ -376,7 +377,7 @@ def refresh(*, late: bool) -> None:
 
 
 def _warn_replaced() -> None:
-    global _warned  # noqa: PLW0603
+    global _warned
     if _warned:
         return
     _warned = True
@@ -391,18 +392,8 @@ def warn(text: str) -> None:
     """Warn, and never raise: a warning that was made an error must not end the service."""
     try:
         warnings.warn(text, RuntimeWarning, stacklevel=2)
-    except RuntimeWarning as exc:
-        sys.unraisablehook(_Unraisable(exc))
-
-
-class _Unraisable:
-    # What sys.unraisablehook takes; there is no constructor for the real one.
-    def __init__(self, exc: BaseException) -> None:
-        self.exc_type = type(exc)
-        self.exc_value = exc
-        self.exc_traceback = exc.__traceback__
-        self.err_msg = "a warning of anyreap was made an error"
-        self.object = None
+    except RuntimeWarning:
+        logging.getLogger("anyreap").warning(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -444,7 +435,7 @@ def install_handler(fd: int) -> int:
             assert lowlevel.reap(pid).success
         ```
     """
-    global _lowlevel, _lowlevel_wakeup  # noqa: PLW0603
+    global _lowlevel, _lowlevel_wakeup
     if fd != -1:
         found = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)  # first: it is the one that can fail
         if _lowlevel is None:
@@ -490,7 +481,7 @@ def is_default_handler() -> bool:
 
 def forked() -> None:
     """In a forked child: restore what was found, and forget the rest. The pipes are closed by who owns them."""
-    global _installed, _lowlevel, _lowlevel_wakeup  # noqa: PLW0603
+    global _installed, _lowlevel, _lowlevel_wakeup
     lowlevel, _lowlevel = _lowlevel, None
     (ours, _), _lowlevel_wakeup = _lowlevel_wakeup, (-1, -1)
     installed, _installed = _installed, None

@@ -45,9 +45,7 @@ class ExitStatus:
     orphan: bool = False
 
     @classmethod
-    def from_wait_status(
-        cls, pid: int, wait_status: int, usage: resource.struct_rusage | None = None
-    ) -> Self:
+    def from_wait_status(cls, pid: int, wait_status: int, usage: resource.struct_rusage | None = None) -> Self:
         """Decode a wait status, the number that `os.waitpid` and `os.wait4` return.
 
         Args:

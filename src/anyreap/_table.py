@@ -37,9 +37,9 @@ class State(enum.Enum):
 class Keeper(Protocol):
     """An object that collects the child itself, so that its own `returncode` is right (a `Popen`)."""
 
-    def collect(self, returncode: int) -> bool: ...  # noqa: D102
-    def told(self) -> int | None: ...  # noqa: D102
-    def tell(self, returncode: int) -> None: ...  # noqa: D102
+    def collect(self, returncode: int) -> bool: ...
+    def told(self) -> int | None: ...
+    def tell(self, returncode: int) -> None: ...
 
 
 class Watcher(Protocol):
@@ -75,10 +75,7 @@ class Record(Generic[_W]):
     @property
     def reap(self) -> bool:
         """Whether anybody wants it collected: one is enough."""
-        for watcher in self.watchers:  # a plain loop: there is one watcher, nearly always
-            if watcher.reap:
-                return True
-        return False
+        return any(watcher.reap for watcher in self.watchers)
 
 
 class Table(Generic[_W]):

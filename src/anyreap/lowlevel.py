@@ -5,7 +5,6 @@ For programs that have a loop of their own. With trio or anyio, `anyreap.open_re
 
 from __future__ import annotations
 
-
 from anyreap import _kernel
 from anyreap._errors import NotAChild
 from anyreap._sigchld import SelfPipe, install_handler, is_default_handler
