@@ -34,10 +34,10 @@ check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must
 	$(BIN)/mypy --strict $(CODE)
 	PATH='$(CURDIR)/$(BIN)':$$PATH pyright --verifytypes anyreap --ignoreexternal
 	$(BIN)/python -m pytest --cov --cov-branch $(ARGS)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: $(VENV)/.group-docs ## build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(VENV)/.group-check ## let ruff rewrite the code
 	$(BIN)/ruff check --fix-only $(CODE)
@@ -51,7 +51,7 @@ clean: ## remove the venv, and all that was built or cached
 # the editable install point nowhere. .made-for names both. If it does not name what is wanted now, or
 # the python in the venv no longer starts, the venv is made anew.
 WANTED := $(shell $(PYTHON) -c 'import sys; print(sys.implementation.cache_tag, *sys.version_info)') $(CURDIR)
-FOUND  := $(shell { $(BIN)/python -c '' && cat $(VENV)/.made-for; } 2>&1)
+FOUND  := $(shell { $(BIN)/python -c '' && cat $(VENV)/.made-for; } 2>&1 || echo none)
 ifneq ($(WANTED),$(FOUND))
 $(VENV)/.made-for: FORCE
 endif

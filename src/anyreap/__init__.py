@@ -27,6 +27,7 @@ from anyreap._errors import (
     StatusLost as StatusLost,
     StillRunning as StillRunning,
 )
+from anyreap._process import CompletedProcess as CompletedProcess, Process as Process
 from anyreap._reaper import (
     Reaper as Reaper,
     ReaperStatistics as ReaperStatistics,
@@ -39,8 +40,10 @@ from anyreap._status import ExitStatus as ExitStatus
 __all__ = (
     "Child",
     "ChildFailed",
+    "CompletedProcess",
     "ExitStatus",
     "NotAChild",
+    "Process",
     "Reaper",
     "ReaperStatistics",
     "Shutdown",

@@ -269,6 +269,94 @@ def _send_through(pidfd: int, signum: int) -> bool:
     return True
 
 
+def end_now(pid: int) -> None:
+    """Kill and collect a child of ours that nobody knows of yet. The one call that waits: for a thread of ours."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.wait4(pid, _WALL)
+    except (ChildProcessError, ProcessLookupError):
+        pass
+
+
+# Groups --------------------------------------------------------------------------------------------------------------
+
+_PIDFD_SIGNAL_PROCESS_GROUP: Final = 1 << 2
+
+_groups_usable: bool | None = None
+
+
+def groups_usable() -> bool:
+    """Whether a process group can be signalled through the pidfd of its leader (Linux >= 6.9): probed once.
+
+    It can be then also after the leader was collected, and never hits a group that got the number later.
+    """
+    global _groups_usable
+    if _groups_usable is None:
+        _groups_usable = pidfds_usable() and _probe_groups()
+    return _groups_usable
+
+
+def _probe_groups() -> bool:
+    fd = os.pidfd_open(os.getpid())
+    try:
+        signal.pidfd_send_signal(fd, 0, None, _PIDFD_SIGNAL_PROCESS_GROUP)
+    except OSError as exc:
+        return exc.errno != errno.EINVAL  # ESRCH: we lead no group, and the kernel knew the question
+    finally:
+        os.close(fd)
+    return True
+
+
+def send_group(pgid: int, pidfd: int, identity: int | None, signum: int) -> bool:
+    """Send a signal to the group that a process leads or has led; False if there is no such group any more.
+
+    Through the leader's pidfd. Without one, only while the leader is an unreaped child of ours, and the one that was
+    handed in: as long as that zombie stands, nobody else can get the number.
+
+    Raises:
+        PermissionError: There is one, and we may not signal any of its members.
+    """
+    if pidfd >= 0 and groups_usable():
+        try:
+            signal.pidfd_send_signal(pidfd, signum, None, _PIDFD_SIGNAL_PROCESS_GROUP)
+        except ProcessLookupError:
+            return False
+        return True
+    try:
+        look(pgid, pidfd)
+        if pidfd < 0 and identity is not None and identify(pgid) != identity:
+            return False
+        os.killpg(pgid, signum)
+    except (ChildProcessError, ProcessLookupError):
+        return False
+    return True
+
+
+def live_members(pgid: int) -> list[int]:
+    """The pids of the members of a process group that are alive.
+
+    Read from /proc, because a signal that can be sent proves nothing: it can be to a zombie (`man 2 kill`), and one
+    whose parent never collects it would keep the group "alive" for ever. Where there is no such /proc it has to do.
+    """
+    if not _LINUX:
+        return [pgid]
+    found = []
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            fields = stat_fields(int(name))
+            if len(fields) > 2 and fields[0] not in "ZXx" and int(fields[2]) == pgid:
+                found.append(int(name))
+    return found
+
+
+def leads_group(pid: int) -> bool:
+    """Whether a process leads a process group."""
+    try:
+        return os.getpgid(pid) == pid
+    except OSError:
+        return False
+
+
 def fd_budget() -> int:
     """How many pidfds all reapers of this process may hold together: half of the soft RLIMIT_NOFILE."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

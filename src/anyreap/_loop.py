@@ -58,7 +58,8 @@ class TrioLoop:
         import trio  # noqa: PLC0415  (only who runs on trio imports it)
 
         self._trio = trio
-        self.home: object = trio.lowlevel.current_trio_token()
+        self._token = trio.lowlevel.current_trio_token()
+        self.home: object = self._token
         self._fd = -1
 
     def now(self) -> float:
@@ -82,6 +83,10 @@ class TrioLoop:
                 died()
 
         self._trio.lowlevel.spawn_system_task(anyreap_service)
+
+    def in_loop(self, call: Callable[[], None]) -> None:
+        """Have something called in the loop's thread, from another one; `RuntimeError` if the loop is gone."""
+        self._token.run_sync_soon(call)
 
     async def wait(self, until: float) -> bool:
         """Wait until the descriptor is readable, or until a time. True if it was readable."""
@@ -176,6 +181,10 @@ class AsyncioLoop:
         # The task that opened the block has ended and left it open: an interrupt tore it down. Nobody will stop the
         # service, and asyncio.run() waits for all tasks.
         return self._opener is not None and self._opener.done()
+
+    def in_loop(self, call: Callable[[], None]) -> None:
+        """Have something called in the loop's thread, from another one; `RuntimeError` if the loop is gone."""
+        self._loop.call_soon_threadsafe(call)
 
     async def wait(self, until: float) -> bool:
         """Wait until the descriptor is readable, or until a time. True if it was readable."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+import subprocess
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 
 import anyio
 import anyio.lowlevel
@@ -12,6 +13,7 @@ import anyio.lowlevel
 from anyreap._child import Child
 from anyreap._errors import StillRunning
 from anyreap._loop import protect_from_ki
+from anyreap._process import CompletedProcess, Process, check_leads_group, options_for, run, start_process
 from anyreap._registry import keeper_of, registry
 from anyreap._service import Service, Watch
 from anyreap._shutdown import Ladder, Shutdown
@@ -19,13 +21,14 @@ from anyreap._status import ExitStatus
 from anyreap._table import Record, State
 
 if TYPE_CHECKING:
-    import subprocess
+    from collections.abc import Iterable, Mapping, Sequence
     from contextlib import AbstractAsyncContextManager
     from multiprocessing.process import BaseProcess
     from types import TracebackType
 
     from anyio.streams.memory import MemoryObjectReceiveStream
 
+    StrOrBytesPath: TypeAlias = str | bytes | os.PathLike[str] | os.PathLike[bytes]
     AnyChild: TypeAlias = int | subprocess.Popen[Any] | BaseProcess
 
 
@@ -171,7 +174,7 @@ class Reaper:
 
         Raises:
             NotAChild: As `watch`.
-            ValueError: As `watch`.
+            ValueError: As `watch`, and a child that leads no group is to be ended with its group.
             TypeError: As `watch`, and if `shutdown` is not a `Shutdown`.
             RuntimeError: As `watch`, and once the reaper shuts its children down.
 
@@ -191,17 +194,11 @@ class Reaper:
             ```
         """
         _check_policy(shutdown)
-        service = self._service
-        service.check_use()
-        if service.closing:
-            msg = "this reaper is shutting its children down, and takes no new ones: adopt children inside of its block"
-            raise RuntimeError(msg)
+        self._check_owns()
+        if (shutdown or self._service.shutdown).scope == "group":
+            check_leads_group(keeper_of(child)[0])
         adopted = self.watch(child)
-        watch = adopted._watch
-        if shutdown is not None or watch not in service.owned:
-            watch.policy = shutdown or service.shutdown
-        if not watch.record.ended:
-            service.owned.add(watch)
+        self._service.own(adopted._watch, shutdown)
         return adopted
 
     async def wait(self, child: AnyChild, *, reap: bool = True) -> ExitStatus:
@@ -234,6 +231,173 @@ class Reaper:
             ```
         """
         return await self.watch(child, reap=reap).wait()
+
+    async def open_process(
+        self,
+        command: StrOrBytesPath | Sequence[StrOrBytesPath],
+        *,
+        stdin: int | IO[Any] | None = subprocess.PIPE,
+        stdout: int | IO[Any] | None = subprocess.PIPE,
+        stderr: int | IO[Any] | None = subprocess.PIPE,
+        cwd: StrOrBytesPath | None = None,
+        env: Mapping[str, str] | None = None,
+        startupinfo: None = None,
+        creationflags: Literal[0] = 0,
+        start_new_session: bool = False,
+        process_group: int | None = None,
+        pass_fds: Sequence[int] = (),
+        user: str | int | None = None,
+        group: str | int | None = None,
+        extra_groups: Iterable[str | int] | None = None,
+        umask: int = -1,
+        shutdown: Shutdown | None = None,
+        **popen: Any,
+    ) -> Process:
+        """Start a child, and own it: `anyio.open_process`, in a nursery that leaves nothing behind.
+
+        A thread that lives as long as the reaper starts it, so that a slow exec stalls no task, and so that a child
+        that sets `PR_SET_PDEATHSIG` lives as long as the reaper (`man 2 prctl`: it is tied to the thread).
+
+        Cancel safety: if it is cancelled, it returns at once; a child that was being started is killed as soon as it
+        is there, and collected before the block is left.
+
+        Args:
+            command: A string for the shell, or a program and its arguments.
+            stdin: `subprocess.PIPE`, `subprocess.DEVNULL`, a file, a descriptor, or None: ours.
+            stdout: The same.
+            stderr: The same, or `subprocess.STDOUT`.
+            cwd: The directory to start in.
+            env: The environment. Default: ours.
+            startupinfo: For Windows; must be None.
+            creationflags: For Windows; must be 0.
+            start_new_session: Whether it leads a session of its own (`man 2 setsid`), and so a group.
+            process_group: The process group to put it into; 0: one of its own (`man 2 setpgid`).
+            pass_fds: Descriptors that it inherits.
+            user: The user to run it as.
+            group: The group to run it as.
+            extra_groups: Its supplementary groups.
+            umask: Its umask, if not negative.
+            shutdown: How to end it. Default: the policy of the reaper. With `scope="group"` it is started with
+                `process_group=0`, unless `process_group` or `start_new_session` is given.
+            **popen: Of the other parameters of `subprocess.Popen`: `executable`, `close_fds`, `restore_signals`,
+                `pipesize`.
+
+        Returns:
+            The child, with streams for the pipes.
+
+        Raises:
+            OSError: It could not be started (ENOENT, EACCES, ENOEXEC, E2BIG, EAGAIN, EMFILE ...): what
+                `subprocess.Popen` raises. No child and no descriptor is left.
+            ValueError: As `subprocess.Popen` (a NUL in an argument), and for a child that is to be ended with its
+                group and put into another one.
+            TypeError: A parameter that is not supported; the text says why.
+            RuntimeError: As `watch`, and once the reaper shuts its children down.
+
+        Example:
+            ```python
+            import anyreap
+
+            async def first_line(reaper: anyreap.Reaper) -> bytes:
+                async with await reaper.open_process(["git", "log"]) as process:
+                    assert process.stdout is not None
+                    return await process.stdout.receive()
+            ```
+        """
+        _check_policy(shutdown)
+        policy = shutdown or self._service.shutdown
+        self._check_owns()
+        options = options_for(
+            policy,
+            {
+                "stdin": stdin,
+                "stdout": stdout,
+                "stderr": stderr,
+                "cwd": cwd,
+                "env": env,
+                "startupinfo": startupinfo,
+                "creationflags": creationflags,
+                "start_new_session": start_new_session,
+                "process_group": process_group,
+                "pass_fds": pass_fds,
+                "user": user,
+                "group": group,
+                "extra_groups": extra_groups,
+                "umask": umask,
+            },
+            popen,
+        )
+        return await start_process(self._service, command, policy, options)
+
+    async def run_process(
+        self,
+        command: StrOrBytesPath | Sequence[StrOrBytesPath],
+        *,
+        input: bytes | None = None,  # noqa: A002  (anyio's name, and subprocess.run's)
+        stdin: int | IO[Any] | None = None,
+        stdout: int | IO[Any] | None = subprocess.PIPE,
+        stderr: int | IO[Any] | None = subprocess.PIPE,
+        check: bool = True,
+        shutdown: Shutdown | None = None,
+        **options: Any,
+    ) -> CompletedProcess:
+        r"""Start a child, feed it, read all that it writes, and wait for its end: `anyio.run_process`.
+
+        Reads to the end of the pipes, as `subprocess.run` does: a descendant that holds them open is waited for. Is
+        silent about a child that does not read its input.
+
+        Cancel safety: if it is cancelled, in whatever way, the child is ended by its policy, shielded and within a
+        bound, before the cancellation goes on. What it wrote is lost.
+
+        Args:
+            command: A string for the shell, or a program and its arguments.
+            input: Bytes for its standard input, as many as memory holds.
+            stdin: As `open_process`; not together with `input`.
+            stdout: As `open_process`.
+            stderr: As `open_process`.
+            check: Whether to raise if it does not exit with code 0.
+            shutdown: How to end it. Default: the policy of the reaper.
+            **options: The other parameters of `open_process`.
+
+        Returns:
+            What it wrote, and how it ended, with CPU time and peak memory.
+
+        Raises:
+            ChildFailed: With `check`: it did not exit with code 0. Carries the status and what it wrote.
+            StatusLost: Its status was consumed by somebody else; also without `check`.
+            ValueError: `input` and `stdin` are given both; and as `open_process`.
+            TypeError: As `open_process`.
+            OSError: As `open_process`.
+            anyio.ClosedResourceError: The block was left meanwhile, by another task.
+            RuntimeError: As `open_process`.
+
+        Example:
+            ```python
+            import anyio
+            import anyreap
+
+            async def main() -> None:
+                async with anyreap.open_reaper() as reaper:
+                    done = await reaper.run_process(["sort"], input=b"b\na\n")
+                    assert done.stdout == b"a\nb\n" and done.status.success
+
+            anyio.run(main)
+            ```
+        """
+        if input is not None:
+            if stdin is not None:
+                msg = "only one of stdin and input is allowed"
+                raise ValueError(msg)
+            stdin = subprocess.PIPE
+        process = await self.open_process(
+            command, stdin=stdin, stdout=stdout, stderr=stderr, shutdown=shutdown, **options
+        )
+        return await run(process, input, check=check)
+
+    def _check_owns(self) -> None:
+        self._service.check_use()
+        if self._service.closing:
+            msg = "this reaper is shutting its children down, and takes no new ones: use it inside of its block"
+            raise RuntimeError(msg)
 
     def exits(self) -> MemoryObjectReceiveStream[ExitStatus]:
         """Return a stream of every exit that this reaper collects from now on, in order.
@@ -334,7 +498,8 @@ class _Block:
                 leaving = exc
         service.closing = True
         survivors: dict[int, str] = {}
-        if service.owned:
+        if service.owned or service.groups or service.starting:
+            service.close_pipes()  # nor would one that is blocked on a full pipe, politely
             ladder = Ladder(service)
             survivors = await ladder.climb()
             leaving = ladder.interrupt or leaving
@@ -361,7 +526,8 @@ class _Block:
     @staticmethod
     async def _drained(service: Service) -> None:
         """Wait until every owned child has ended."""
-        while service.owned:
+        service.close_pipes()  # a child that reads to the end of its input would never end
+        while service.owned or service.starting:
             if service.failure is not None:
                 break
             await service.changed.wait()

@@ -11,6 +11,7 @@ asyncio can't): it is looked at and noted before it is taken, and whatever was b
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -169,6 +170,7 @@ class Registry:
         """Let a reaper stop watching a child that has not ended."""
         watch.home.finder.drop(record)
         if not record.ended and self._table.leave(record, watch):
+            record.group = record.held = False
             self._close_pidfd(record)
 
     def _is_current(self, record: Record[Any], by: Home) -> bool:
@@ -234,6 +236,11 @@ class Registry:
 
     def _gone(self, record: Record[Any], by: Home, *, certain: bool = False) -> bool:
         """Deal with a child that somebody else has collected. False: the kernel doesn't know how it ended *yet*."""
+        if record.state is State.OBSERVED and (record.held or record.reap):
+            assert record.status is not None  # noqa: S101  (that is what observed means)
+            self._table.exited(record, record.status)
+            self._publish(record, by)
+            return True
         if record.state is State.OBSERVED:  # by its owner, as it should be
             self._table.drop(record)
             for watch in record.watchers:
@@ -262,12 +269,49 @@ class Registry:
             watch.home.finder.drop(record)
             watch.home.post(watch, by)
             if record.ended:
-                record.watchers.remove(watch)
+                with contextlib.suppress(ValueError):  # telling it may have been what ended a held one
+                    record.watchers.remove(watch)
             else:
                 watch.home.finder.observe(record)
         self._close_pidfd(record)
 
+    def lead(self, record: Record[Any]) -> None:
+        """Have the group that a child leads outlive it here, for somebody who will end it.
+
+        Its number must not be given away. Through a pidfd it is named for ever, and the leader collected as always;
+        without one the leader is held.
+        """
+        with self.lock:
+            record.group = True
+            record.held = record.pidfd < 0 or not _kernel.groups_usable()
+
+    def send_group(self, record: Record[Any], signum: int) -> bool:
+        """Signal the group of a child; False, and nothing sent, if there is none, or none that is surely its own."""
+        with self.lock:
+            if record.pidfd < 0 and record.ended:
+                return False  # collected by somebody else: the number may be anybody's
+            return _kernel.send_group(record.pid, record.pidfd, record.identity, signum)
+
+    def survivors(self, record: Record[Any]) -> list[int]:
+        """The pids of the live members of a child's group, or what is left of it that can be proved to be its."""
+        with self.lock:
+            try:
+                return _kernel.live_members(record.pid) if self.send_group(record, 0) else []
+            except PermissionError:
+                return _kernel.live_members(record.pid)
+
+    def let_go(self, record: Record[Any], by: Home) -> None:
+        """Its group is gone, given up: collect a leader that was held, close a pidfd that was kept."""
+        with self.lock:
+            record.group = record.held = False
+            if record.ended:
+                self._close_pidfd(record)
+            elif record.state is State.OBSERVED:
+                self.check(record, by)
+
     def _close_pidfd(self, record: Record[Any]) -> None:
+        if record.group:
+            return  # it names the group still
         pidfd, record.pidfd = record.pidfd, -1
         if pidfd in self._pidfds:
             self._pidfds.discard(pidfd)

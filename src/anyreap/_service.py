@@ -22,12 +22,14 @@ from anyreap._errors import SigchldUnavailable
 from anyreap._finder import Finder, Origin
 from anyreap._loop import current_loop
 from anyreap._registry import registry
+from anyreap._spawner import Spawner
 from anyreap._table import State
 
 if TYPE_CHECKING:
     from anyio.streams.memory import MemoryObjectSendStream
 
     from anyreap._child import Child
+    from anyreap._process import Process
     from anyreap._registry import Home
     from anyreap._shutdown import Shutdown
     from anyreap._status import ExitStatus
@@ -81,6 +83,10 @@ class Service:
         self.failure: BaseException | None = None
         self.watches: set[Watch] = set()
         self.owned: set[Watch] = set()
+        self.groups: set[Watch] = set()  # of owned leaders that have ended, and left members behind
+        self.starting = 0
+        self.processes: dict[Watch, Process] = {}  # kept alive while they run: dropping a handle closes no pipe
+        self._spawner: Spawner | None = None
         self.changed = anyio.Event()
         self.exits: list[MemoryObjectSendStream[ExitStatus]] = []
         self.reaped = self.lost = self.wakeups = self.late = 0
@@ -176,9 +182,11 @@ class Service:
     def abandon(self) -> None:
         """Leave at once, without a single await: the coroutine of the block is being thrown away (GeneratorExit)."""
         self._stopping = self.closing = True
-        for watch in list(self.owned):
+        self.close_pipes()
+        for watch in (*self.owned, *self.groups):
+            send = registry.send_group if watch.policy.scope == "group" else registry.send
             with contextlib.suppress(OSError):
-                registry.send(watch.record, signal.SIGKILL)
+                send(watch.record, signal.SIGKILL)
         end = time.monotonic() + _ABANDON
         while self.owned and time.monotonic() < end:
             for watch in list(self.owned):
@@ -203,9 +211,14 @@ class Service:
                 watch.child = None
                 self.watches.discard(watch)
             registry.homes.discard(self)
+        for watch in self.groups:
+            registry.let_go(watch.record, self)
         self.owned.clear()
+        self.groups.clear()
         while self.exits:
             self.exits.pop().close()
+        if self._spawner is not None:
+            self._spawner.close()
         self.finder.close()
         self._pipe.close()
 
@@ -274,6 +287,9 @@ class Service:
                 if self._stopping:
                     return
                 began = time.monotonic()
+        if beat:
+            for watch in list(self.groups):
+                self.look_at_group(watch)
         self.late += late
         if beat and self.source == "sigchld":
             _sigchld.refresh(late=late > 0)
@@ -287,7 +303,7 @@ class Service:
         self.failure = exc
         for watch in list(self.watches):
             watch.settle()
-        self._change()
+        self.change()
 
     # Telling ------------------------------------------------------------------------------------------------------
 
@@ -306,7 +322,14 @@ class Service:
             return
         watch.told = record.state
         watch.settle()
+        self.processes.pop(watch, None)
+        if watch in self.owned and (record.ended or record.held):
+            self.owned.discard(watch)
+            if record.group:
+                self.groups.add(watch)
+            self.change()
         if not record.ended:
+            self.look_at_group(watch)
             return
         self.watches.discard(watch)
         watch.child = None
@@ -320,11 +343,41 @@ class Service:
                 except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                     stream.close()
                     self.exits.remove(stream)
-        if watch in self.owned:
-            self.owned.discard(watch)
-            self._change()
+        self.look_at_group(watch)
 
-    def _change(self) -> None:
+    @property
+    def spawner(self) -> Spawner:
+        """The threads that start children; none before the first start."""
+        if self._spawner is None:
+            self._spawner = Spawner(self.loop.in_loop)
+        return self._spawner
+
+    def close_pipes(self) -> None:
+        """Close our ends of the pipes of every process that runs: a child that reads, or writes, can end then."""
+        for process in list(self.processes.values()):
+            process.close_pipes()
+
+    def look_at_group(self, watch: Watch) -> None:
+        """Let go of the group that an ended child has led, if nobody in it is alive."""
+        if watch in self.groups and not registry.survivors(watch.record):
+            self.groups.discard(watch)
+            registry.let_go(watch.record, self)
+            self.change()
+
+    def own(self, watch: Watch, policy: Shutdown | None) -> None:
+        """Own a child, under a policy; None: the one that it has, or that of the reaper."""
+        if policy is not None or watch not in self.owned:
+            watch.policy = policy or self.shutdown
+        if watch.record.ended:
+            return
+        if watch.policy.scope == "group":
+            registry.lead(watch.record)
+        elif watch.record.group:
+            registry.let_go(watch.record, self)
+        self.owned.add(watch)
+
+    def change(self) -> None:
+        """Say that something was started or has ended."""
         self.changed.set()
         self.changed = anyio.Event()
 

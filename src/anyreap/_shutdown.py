@@ -22,7 +22,7 @@ from anyreap._registry import registry
 if TYPE_CHECKING:
     from anyreap._service import Service, Watch
 
-Scope: TypeAlias = Literal["process"]
+Scope: TypeAlias = Literal["process", "group"]
 
 # How long a killed child may take to be gone before the block is left without it, in seconds. Death by SIGKILL takes
 # microseconds, and seconds where gigabytes have to be given back; what takes longer is held by something.
@@ -50,7 +50,9 @@ class Shutdown:
         signal: The first signal. Default: SIGTERM.
         grace: Seconds between the first signal and SIGKILL. 0: SIGKILL at once, and no other signal. `math.inf`:
             never. Default: 5.0.
-        scope: `"process"`: the child alone.
+        scope: `"process"`: the child alone. `"group"`: the process group that it leads, so its descendants too, but for
+            those that went into a group of their own. The escalation follows the group, not its leader: members that
+            ignore the signal get SIGKILL, however soon the leader ended.
 
     Raises:
         ValueError: `grace` is negative or NaN, `scope` is unknown, or `signal` is not the number of a signal.
@@ -76,7 +78,7 @@ class Shutdown:
             msg = f"grace is a number of seconds, 0 or more (math.inf: SIGKILL is never sent), not {self.grace!r}"
             raise ValueError(msg)
         if self.scope not in get_args(Scope):
-            msg = f"scope is 'process', not {self.scope!r}"
+            msg = f"scope is 'process' or 'group', not {self.scope!r}"
             raise ValueError(msg)
         if self.signal not in _signal.valid_signals():
             msg = f"signal is the number of a signal, such as signal.SIGTERM, not {self.signal!r}"
@@ -84,14 +86,21 @@ class Shutdown:
 
 
 class Ladder:
-    """Ends the owned children of a reaper: the first signal, the grace period, SIGKILL, the collecting."""
+    """Ends the owned children of a reaper: the first signal, the grace period, SIGKILL, the collecting.
 
-    def __init__(self, service: Service) -> None:
+    Args:
+        service: The reaper.
+        only: End this one child and no other. Default: all.
+    """
+
+    def __init__(self, service: Service, only: Watch | None = None) -> None:
         self._service = service
         self._loop = service.loop
+        self._only = only
+        self._began = self._loop.now()
         self._kill_at: dict[Watch, float] = {}
         self._killed_at: dict[Watch, float] = {}
-        self._trouble: dict[Watch, str] = {}
+        self._trouble: dict[int, str] = {}
         self._hurry = False
         self.interrupt: BaseException | None = None
         # What began this may have been the cancellation of a scope. The next one says that it takes too long.
@@ -99,7 +108,7 @@ class Ladder:
         self._patience = max(1, self._cancelled())
 
     async def climb(self) -> dict[int, str]:
-        """End all owned children. Shielded and bounded; returns those that outlived SIGKILL, and in what state."""
+        """End them. Shielded and bounded; returns those that outlived SIGKILL, and in what state."""
         look_at, delay = -math.inf, _LOOK_FIRST
         while True:
             try:
@@ -107,48 +116,59 @@ class Ladder:
                 if now >= look_at:
                     await self._look()
                     look_at, delay = now + delay, min(delay * 2, _LOOK_LAST)
-                if not self._service.owned:
+                rest = self._rest()
+                if not rest and (self._only is not None or not self._service.starting):
                     return {}
                 self._hurry = self._hurry or self._cancelled() > self._patience
-                due, last = self._step(now)
+                due, last = self._step(rest, now)
                 if last and now >= due:
-                    return {watch.record.pid: self._state(watch) for watch in self._service.owned}
+                    return self._survivors(rest)
                 await self._pause(min(due, look_at, now + _COUNT))
             except self._loop.interrupts as exc:
                 self.interrupt = exc
                 self._hurry = True
                 look_at, delay = -math.inf, _LOOK_FIRST
 
-    def _step(self, now: float) -> tuple[float, bool]:
+    def _rest(self) -> list[Watch]:
+        both = (*self._service.owned, *self._service.groups)
+        return [watch for watch in both if self._only is None or watch is self._only]
+
+    def _step(self, rest: list[Watch], now: float) -> tuple[float, bool]:
         """Send what is due. Returns when there is something to do again, and whether that is to give up."""
-        for watch in list(self._service.owned):
+        for watch in rest:
             policy = watch.policy
             if watch in self._killed_at:
                 continue
             if self._hurry or policy.grace == 0 or now >= self._kill_at.get(watch, math.inf):
                 # It may have ended in time without having been seen: then there is nobody to kill.
-                if not registry.check(watch.record, self._service):
-                    self._send(watch, _signal.SIGKILL)
+                self._look_at(watch)
+                self._send(watch, _signal.SIGKILL)
                 self._killed_at[watch] = now
             elif watch not in self._kill_at:
                 self._kill_at[watch] = now + policy.grace
                 self._send(watch, policy.signal)
                 self._send(watch, _signal.SIGCONT)
-        waiting = [self._kill_at[watch] for watch in self._service.owned if watch not in self._killed_at]
+        waiting = [self._kill_at[watch] for watch in rest if watch not in self._killed_at]
         if waiting:
             return min(waiting), False
-        return max(self._killed_at.values(), default=now) + KILL_BOUND, True
+        return max((self._killed_at[watch] for watch in rest), default=self._began) + KILL_BOUND, True
 
     def _send(self, watch: Watch, signum: int) -> None:
+        send = registry.send_group if watch.policy.scope == "group" else registry.send
         try:
-            registry.send(watch.record, signum)
+            if watch in self._service.owned or watch in self._service.groups:
+                send(watch.record, signum)
         except OSError as exc:  # EPERM: another user's by now. It may end by itself, and is named if it does not
-            self._trouble[watch] = f"signal {signum} could not be sent: {exc.strerror}"
+            self._trouble[watch.record.pid] = f"signal {signum} could not be sent: {exc.strerror}"
+
+    def _look_at(self, watch: Watch) -> None:
+        registry.check(watch.record, self._service)
+        self._service.look_at_group(watch)
 
     async def _look(self) -> None:
         began = time.monotonic()
-        for watch in list(self._service.owned):
-            registry.check(watch.record, self._service)
+        for watch in self._rest():
+            self._look_at(watch)
             if time.monotonic() - began > _SLICE:
                 await self._pause(-math.inf)
                 began = time.monotonic()
@@ -158,9 +178,18 @@ class Ladder:
         with anyio.CancelScope(shield=True, deadline=max(until, self._loop.now())):
             await self._service.changed.wait()
 
-    def _state(self, watch: Watch) -> str:
-        fields = _kernel.stat_fields(watch.record.pid)
+    def _survivors(self, rest: list[Watch]) -> dict[int, str]:
+        pids = set()
+        for watch in rest:
+            if watch.record.status is None:
+                pids.add(watch.record.pid)
+            if watch.policy.scope == "group":
+                pids.update(registry.survivors(watch.record))
+        return {pid: self._state(pid) for pid in sorted(pids)}
+
+    def _state(self, pid: int) -> str:
+        fields = _kernel.stat_fields(pid)
         seen = [f"state {fields[0]}"] if fields else []
-        if watch in self._trouble:
-            seen.append(self._trouble[watch])
+        if pid in self._trouble:
+            seen.append(self._trouble[pid])
         return ", ".join(seen)

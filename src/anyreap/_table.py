@@ -9,7 +9,7 @@ The rules:
 - States only go forward:
 
       RUNNING --> OBSERVED --> EXITED      the status is known; the zombie is left to its owner until somebody asks
-         |  `------------------^           for it to be collected
+         |  `------------------^           for it to be collected, or held because it leads a group
          `--> LOST                         it has ended, the status is gone
 
 - A status is written once. There is nothing to write it over with.
@@ -52,9 +52,14 @@ _W = TypeVar("_W", bound=Watcher)
 
 
 class Record(Generic[_W]):
-    """One child. `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken."""
+    """One child.
 
-    __slots__ = ("glimpse", "identity", "keeper", "pid", "pidfd", "state", "status", "watchers", "why")
+    `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: somebody
+    has to end the process group that it leads. `held`: it leads a group whose number only its own zombie keeps from
+    being given away, so it is not collected before the group is gone.
+    """
+
+    __slots__ = ("glimpse", "group", "held", "identity", "keeper", "pid", "pidfd", "state", "status", "watchers", "why")
 
     def __init__(self, pid: int, pidfd: int, identity: int | None) -> None:
         self.pid: Final = pid
@@ -65,6 +70,8 @@ class Record(Generic[_W]):
         self.status: ExitStatus | None = None
         self.glimpse: int | None = None
         self.why = ""
+        self.group = False
+        self.held = False
         self.watchers: list[_W] = []
 
     @property
@@ -74,8 +81,8 @@ class Record(Generic[_W]):
 
     @property
     def reap(self) -> bool:
-        """Whether anybody wants it collected: one is enough."""
-        return any(watcher.reap for watcher in self.watchers)
+        """Whether it is to be collected: one who wants it is enough, and a held one has to wait."""
+        return not self.held and any(watcher.reap for watcher in self.watchers)
 
 
 class Table(Generic[_W]):

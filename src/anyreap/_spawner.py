@@ -1,0 +1,146 @@
+"""The spawner: starts children without stalling the loop.
+
+`subprocess.Popen` returns when the child has called exec, or failed to. From a slow disk, or out of a large process,
+that takes as long as it takes, so a thread does it (CPython gives the GIL up meanwhile). Which thread matters:
+
+- A pooled one ends when it has been idle for a while, and with it every child that has set `PR_SET_PDEATHSIG`, which
+  is tied to the thread that forked (`man 2 prctl`): trio's pool kills such a child after ten seconds.
+- One single thread makes a fast start wait behind a slow one.
+- A thread for each start is what trio's spawning cost is made of.
+
+So: threads that live as long as the reaper, made when all of them are busy, four at most.
+
+From the moment that a pid exists somebody owns it. The thread owns it until the loop has taken it; the loop adopts
+it whether or not the task that asked is still there; and where the loop is gone, the thread ends the child itself.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any, Final
+
+import anyio
+
+from anyreap import _kernel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_THREADS: Final = 4
+
+
+class Start:
+    """One start: what to start, and what came of it."""
+
+    def __init__(self, command: Any, options: dict[str, Any], taken: Callable[[Start], None]) -> None:
+        self.command = command
+        self.options = options
+        self.pid = -1
+        self.pipes: dict[str, int] = {}
+        self.error: BaseException | None = None
+        self.abandoned = False
+        self.done = anyio.Event()
+        self._taken = taken
+
+    def run(self) -> None:
+        """Start it. In a thread; does not raise."""
+        theirs: list[int] = []
+        try:
+            options = dict(self.options)
+            for name, read_is_ours in (("stdin", False), ("stdout", True), ("stderr", True)):
+                if options[name] == subprocess.PIPE:
+                    read, write = os.pipe()
+                    self.pipes[name] = read if read_is_ours else write
+                    options[name] = write if read_is_ours else read
+                    theirs.append(options[name])
+            popen = subprocess.Popen(self.command, bufsize=0, **options)
+            self.pid = popen.pid
+            # The reaper collects it. A Popen that thinks its child runs would do so too, whenever it is thrown away
+            # and another one is made (subprocess._cleanup), and hit whoever has the pid then.
+            popen.returncode = 0
+        except BaseException as exc:  # noqa: BLE001  (it is raised in the task that asked)
+            self.error = exc
+            self.close_pipes()
+        finally:
+            for fd in theirs:
+                os.close(fd)
+
+    def close_pipes(self) -> None:
+        """Close our ends."""
+        while self.pipes:
+            os.close(self.pipes.popitem()[1])
+
+    def take(self) -> None:
+        """In the loop: adopt the child, and tell the task that asked."""
+        self._taken(self)
+        self.done.set()
+
+    def undo(self) -> None:
+        """Where nobody can take it any more: end the child and collect it."""
+        self.close_pipes()
+        if self.pid > 0:
+            _kernel.end_now(self.pid)
+
+
+class Spawner:
+    """The threads of one reaper that start its children."""
+
+    def __init__(self, in_loop: Callable[[Callable[[], None]], None]) -> None:
+        self._in_loop = in_loop
+        self._starts: deque[Start] = deque()
+        self._changed = threading.Condition()
+        self._idle = 0
+        self._threads: list[threading.Thread] = []
+        self._closed = False
+
+    def submit(self, start: Start) -> None:
+        """Have a child started soon."""
+        with self._changed:
+            self._starts.append(start)
+            if len(self._starts) <= self._idle or len(self._threads) == _THREADS:
+                self._changed.notify()
+                return
+        thread = threading.Thread(target=self._work, name=f"anyreap spawner {len(self._threads) + 1}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # no thread can be had (EAGAIN); one that there is will come to it
+            if not self._threads:
+                self._starts.remove(start)
+                raise
+        else:
+            self._threads.append(thread)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._idle += 1
+                while not self._starts and not self._closed:
+                    self._changed.wait()
+                self._idle -= 1
+                if not self._starts:
+                    return
+                start = self._starts.popleft()
+            start.run()
+            try:
+                if self._closed:
+                    start.undo()
+                else:
+                    self._in_loop(start.take)
+            except RuntimeError:  # the loop is closed
+                start.undo()
+            del start
+
+    def close(self) -> None:
+        """End the threads. One that is in the middle of a start undoes it; nobody waits for that."""
+        with self._changed:
+            self._closed = True
+            self._starts.clear()
+            self._changed.notify_all()
+            busy = len(self._threads) - self._idle
+        if not busy:
+            for thread in self._threads:
+                thread.join()
+        self._threads.clear()
