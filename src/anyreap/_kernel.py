@@ -36,6 +36,9 @@ _INFO: Final = struct.Struct("=QQ11Ii")
 _PIDFD_GET_INFO: Final = 3 << 30 | _INFO.size << 16 | 0xFF << 8 | 11
 _PIDFD_INFO_EXIT: Final = 1 << 3
 
+_NO_PID: Final = -1
+_NO_FD: Final = 0x7FFFFFFF
+
 _usable: bool | None = None
 _numbered: bool | None = None
 
@@ -58,21 +61,24 @@ def pidfds_usable() -> bool:
 
 
 def _probe() -> bool:
+    # Asked with numbers that can't be right, so that no descriptor is needed, and running out of them is not taken for
+    # a kernel without pidfds: EINVAL is the answer to the bad pid, EBADF the one to the bad pidfd.
     if not hasattr(os, "pidfd_open") or hasattr(sys, "getandroidapilevel"):
         return False
     try:
-        fd = os.pidfd_open(os.getpid())
-    except OSError:
-        return False
+        os.close(os.pidfd_open(_NO_PID))
+    except OSError as exc:
+        if exc.errno != errno.EINVAL:
+            return False
     try:
-        os.waitid(_P_PIDFD, fd, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return True  # we are no child of our own: the kernel knew the question
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
-    return True
+        os.waitid(_P_PIDFD, _NO_FD, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except OSError as exc:
+        return exc.errno == errno.EBADF
+    return False
+
+
+# There is no such process (ESRCH), or the number is that of a thread: EINVAL, and since Linux 6.9 ENOENT.
+_NO_PROCESS: Final = (errno.ESRCH, errno.EINVAL, errno.ENOENT)
 
 
 def open_pidfd(pid: int) -> int:
@@ -89,7 +95,7 @@ def open_pidfd(pid: int) -> int:
     try:
         return os.pidfd_open(pid)
     except OSError as exc:
-        if exc.errno in (errno.ESRCH, errno.EINVAL, errno.ENOENT):
+        if exc.errno in _NO_PROCESS:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from exc
         return -1
 
@@ -177,27 +183,35 @@ def identify(pid: int, pidfd: int = -1) -> int | None:
     nothing.
     """
     if pidfd >= 0:
-        return os.fstat(pidfd).st_ino if _pidfds_numbered(pidfd) else _start_time(pid)
+        numbered = _pidfds_numbered(pidfd)
+        if numbered:
+            return os.fstat(pidfd).st_ino
+        return None if numbered is None else _start_time(pid)
     try:
         fd = open_pidfd(pid)
     except ProcessLookupError:
         return None
     if fd < 0:
-        return None if _numbered else _start_time(pid)
+        return _start_time(pid) if _numbered is False or not pidfds_usable() else None
     try:
         return identify(pid, fd)
     finally:
         os.close(fd)
 
 
-def _pidfds_numbered(pidfd: int) -> bool:
-    # Before pidfs (Linux 6.9) all pidfds share one anonymous inode, which says so in its name.
+def _pidfds_numbered(pidfd: int) -> bool | None:
+    # Before pidfs (Linux 6.9) all pidfds share the one inode of all anonymous files, such as this eventfd; since then
+    # they are on a file system of their own. None: out of descriptors, so ask again.
     global _numbered
     if _numbered is None:
         try:
-            _numbered = os.readlink(f"/proc/self/fd/{pidfd}").startswith("pidfd:")
+            other = os.eventfd(0)
         except OSError:
-            _numbered = False
+            return None
+        try:
+            _numbered = os.fstat(pidfd).st_dev != os.fstat(other).st_dev
+        finally:
+            os.close(other)
     return _numbered
 
 
@@ -297,14 +311,11 @@ def groups_usable() -> bool:
 
 
 def _probe_groups() -> bool:
-    fd = os.pidfd_open(os.getpid())
     try:
-        signal.pidfd_send_signal(fd, 0, None, _PIDFD_SIGNAL_PROCESS_GROUP)
+        signal.pidfd_send_signal(_NO_FD, 0, None, _PIDFD_SIGNAL_PROCESS_GROUP)
     except OSError as exc:
-        return exc.errno != errno.EINVAL  # ESRCH: we lead no group, and the kernel knew the question
-    finally:
-        os.close(fd)
-    return True
+        return exc.errno == errno.EBADF  # else EINVAL: it does not know the flag
+    return False
 
 
 def send_group(pgid: int, pidfd: int, identity: int | None, signum: int) -> bool:

@@ -12,8 +12,10 @@ left; that is as structured as a nursery.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import sys
+import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ class TrioLoop:
         self._token = trio.lowlevel.current_trio_token()
         self.home: object = self._token
         self._fd = -1
+        self._kicked = trio.Event()  # for a wait that has no descriptor any more
 
     def now(self) -> float:
         """The loop's clock, in seconds."""
@@ -68,10 +71,12 @@ class TrioLoop:
 
     def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None:
         """Take a descriptor to wait on, how to empty it, and how to make it readable."""
-        self._fd, self._drain, self.kick = fd, drain, kick  # type: ignore[method-assign]
+        self._fd, self._drain, self._wake = fd, drain, kick
 
     def kick(self) -> None:
         """End the current or the next wait."""
+        self._wake()
+        self._kicked.set()
 
     def start(self, serve: Callable[[], Awaitable[None]], died: Callable[[], None]) -> None:
         """Start the service task."""
@@ -91,7 +96,13 @@ class TrioLoop:
     async def wait(self, until: float) -> bool:
         """Wait until the descriptor is readable, or until a time. True if it was readable."""
         with self._trio.CancelScope(deadline=until) as scope:
-            await self._trio.lowlevel.wait_readable(self._fd)
+            try:
+                if self._fd >= 0:
+                    await self._trio.lowlevel.wait_readable(self._fd)
+                else:
+                    await self._kicked.wait()
+            except (OSError, self._trio.ClosedResourceError):  # somebody closed it: the heartbeat has to do
+                await self._kicked.wait()
         if not scope.cancelled_caught:
             self._drain()
         return not scope.cancelled_caught
@@ -103,7 +114,8 @@ class TrioLoop:
     def close(self) -> None:
         """Let go of the descriptor, which is closed next."""
         if self._fd >= 0:
-            self._trio.lowlevel.notify_closing(self._fd)
+            with contextlib.suppress(RuntimeError):  # trio is gone already
+                self._trio.lowlevel.notify_closing(self._fd)
         self._fd = -1
 
     def cancelled_scopes(self) -> Callable[[], int]:
@@ -131,7 +143,8 @@ class AsyncioLoop:
         self._fd = -1
         self._readable = False
         self._waiter: asyncio.Future[None] | None = None
-        self._opener = asyncio.current_task(loop)
+        opener = asyncio.current_task(loop)
+        self._opener = None if opener is None else weakref.ref(opener)
 
     def now(self) -> float:
         """The loop's clock, in seconds."""
@@ -180,7 +193,8 @@ class AsyncioLoop:
     def _orphaned(self) -> bool:
         # The task that opened the block has ended and left it open: an interrupt tore it down. Nobody will stop the
         # service, and asyncio.run() waits for all tasks.
-        return self._opener is not None and self._opener.done()
+        opener = None if self._opener is None else self._opener()
+        return opener is not None and opener.done()
 
     def in_loop(self, call: Callable[[], None]) -> None:
         """Have something called in the loop's thread, from another one; `RuntimeError` if the loop is gone."""

@@ -15,7 +15,7 @@ import anyio.lowlevel
 
 from anyreap import _kernel
 from anyreap._child import Child
-from anyreap._errors import ChildFailed, StatusLost, StillRunning
+from anyreap._errors import ChildFailed, NotAChild, StatusLost, StillRunning
 from anyreap._registry import registry
 from anyreap._service import Service, Watch
 from anyreap._shutdown import Ladder, Shutdown
@@ -262,13 +262,12 @@ async def start_process(service: Service, command: Any, policy: Shutdown, option
 
     def taken(start: Start) -> None:
         service.starting -= 1
-        if start.pid > 0:
-            if service.closed:
-                start.undo()
-            else:
-                made.append(_own(service, start, policy))
-                if start.abandoned:
-                    _kill(made[0])
+        if start.pid > 0 and service.closed:
+            start.undo()
+        elif start.pid > 0:
+            made.append(_own(service, start, policy))
+            if start.abandoned:
+                _kill(made[0])
         service.change()
 
     start = Start(command, options, taken)
@@ -302,7 +301,12 @@ def _kill(process: Process) -> None:
 
 def _own(service: Service, start: Start, policy: Shutdown) -> Process:
     with registry.lock:
-        record, ended = registry.enter(start.pid, None, service)
+        try:
+            record, ended = registry.enter(start.pid, None, service)
+        except NotAChild:
+            # It ran, it has ended, and somebody took its status already: a thief, or a kernel that was told to.
+            service.lost += 1
+            return Process._of(Watch(registry.stolen(start.pid), service, reap=True), start)
         watch = Watch(record, service, reap=True)
         service.watches.add(watch)
         registry.join(record, watch)

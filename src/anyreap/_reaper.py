@@ -14,7 +14,7 @@ from anyreap._child import Child
 from anyreap._errors import StillRunning
 from anyreap._loop import protect_from_ki
 from anyreap._process import CompletedProcess, Process, check_leads_group, options_for, run, start_process
-from anyreap._registry import keeper_of, registry
+from anyreap._registry import Link, keeper_of, registry
 from anyreap._service import Service, Watch
 from anyreap._shutdown import Ladder, Shutdown
 from anyreap._status import ExitStatus
@@ -143,12 +143,12 @@ class Reaper:
         pid, keeper = keeper_of(child)
         code = keeper.told() if keeper is not None else None
         if code is not None:
-            ended: Record[Watch] = Record(pid, -1, None)
+            ended: Record[Link] = Record(pid, -1, None)
             ended.state, ended.status = State.EXITED, ExitStatus(pid, code)
             return Child._of(Watch(ended, service, reap=reap))
         with registry.lock:
             record, changed = registry.enter(pid, keeper, service)
-            watch = next((mine for mine in record.watchers if mine.home is service), None)
+            watch: Watch | None = registry.watch_of(record, service)
             if watch is None:
                 watch = Watch(record, service, reap=reap)
                 watch.child = Child._of(watch)

@@ -12,6 +12,7 @@ asyncio can't): it is looked at and noted before it is taken, and whatever was b
 from __future__ import annotations
 
 import contextlib
+import enum
 import os
 import subprocess
 import sys
@@ -38,8 +39,48 @@ class Home(Protocol):
     def post(self, watch: Any, by: Home) -> None:
         """Tell the tasks that wait for a child; `by` is the reaper that found out, maybe in another thread."""
 
+    def forget(self, watch: Any) -> None:
+        """Let go of a child that was observed, now that its owner has collected it."""
+
     def forked(self) -> None:
         """Close what was inherited by a forked child."""
+
+
+class Answer(enum.Enum):
+    """What comes of asking for a child."""
+
+    RUNNING = enum.auto()
+    LATER = enum.auto()  # it has ended, but can't be dealt with yet: ask again soon
+    ENDED = enum.auto()
+
+
+class Link:
+    """What stands in the table for a reaper that watches a child.
+
+    Weak, for the registry lives as long as the process, and a loop that is closed under an open block does not: what
+    is left of it must be free to go, for it is then that its children are ended and its handler is removed.
+    """
+
+    __slots__ = ("_watch",)
+
+    def __init__(self, watch: Any) -> None:
+        self._watch = weakref.ref(watch)
+
+    @property
+    def reap(self) -> bool:
+        """Whether it wants the child collected."""
+        watch = self._watch()
+        return watch is not None and bool(watch.reap)
+
+    def watch(self) -> Any:
+        """What it stands for; None if that is gone."""
+        return self._watch()
+
+
+# How often somebody who has taken a status is given the time to put it down before it counts as lost: between a
+# thread's waitpid() and its `self.returncode = ...` it may have to wait for the GIL. With the pauses of the finder,
+# from 5 ms on and doubling, 0.3 s in all.
+_TRIES: Final = 6
 
 
 class PopenKeeper:
@@ -125,11 +166,11 @@ class Registry:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self._table: Table[Any] = Table()
+        self._table: Table[Link] = Table()
         self._pidfds: set[int] = set()
         self.homes: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def enter(self, pid: int, keeper: Keeper | None, by: Home) -> tuple[Record[Any], bool]:
+    def enter(self, pid: int, keeper: Keeper | None, by: Home) -> tuple[Record[Link], bool]:
         """Find or make the record of a child. Returns it, and whether the child has ended already.
 
         Raises:
@@ -161,38 +202,51 @@ class Registry:
         record.keeper = keeper
         return record, ended
 
-    def join(self, record: Record[Any], watch: Any) -> None:
+    def join(self, record: Record[Link], watch: Any) -> None:
         """Let a reaper watch a child."""
-        self._table.join(record, watch)
+        self._table.join(record, Link(watch))
         watch.home.finder.add(record)
 
-    def leave(self, record: Record[Any], watch: Any) -> None:
+    def watch_of(self, record: Record[Link], home: Home) -> Any:
+        """The share that a reaper has in a child already; None if it has none."""
+        shares = (link.watch() for link in record.watchers)
+        return next((watch for watch in shares if watch is not None and watch.home is home), None)
+
+    def stolen(self, pid: int) -> Record[Link]:
+        """Make the record of a child that was gone before it could be entered."""
+        record: Record[Link] = Record(pid, -1, None)
+        record.state, record.why = State.LOST, _kernel.ignored_statuses() or _STOLEN
+        return record
+
+    def leave(self, record: Record[Link], watch: Any) -> None:
         """Let a reaper stop watching a child that has not ended."""
         watch.home.finder.drop(record)
-        if not record.ended and self._table.leave(record, watch):
+        gone = [link for link in record.watchers if link.watch() in (None, watch)]
+        if not record.ended and [self._table.leave(record, link) for link in gone][-1:] == [True]:
             record.group = record.held = False
             self._close_pidfd(record)
 
-    def _is_current(self, record: Record[Any], by: Home) -> bool:
+    def _is_current(self, record: Record[Link], by: Home) -> bool:
         """Whether a record is still about the child that has its pid now."""
         try:
             if record.pidfd >= 0:
                 _kernel.look(record.pid, record.pidfd)
                 return True
             _kernel.look(record.pid)
-            if record.identity in (None, _kernel.identify(record.pid)):
+            current = _kernel.identify(record.pid)
+            if current == record.identity or None in (current, record.identity):  # None: out of descriptors
                 return True
         except ChildProcessError:
             pass
         self._gone(record, by, certain=True)
         return False
 
-    def check(self, record: Record[Any], by: Home) -> bool:
-        """Ask the kernel for one child; collect it and tell everybody if it has ended. False: not yet."""
+    def check(self, record: Record[Link], by: Home) -> Answer:
+        """Ask the kernel for one child; collect it and tell everybody if it has ended."""
         with self.lock:
             if record.ended or not record.watchers:  # by another reaper, or before an interruption; or left
                 self._publish(record, by)
-                return True
+                return Answer.ENDED
             try:
                 raw = _kernel.look(record.pid, record.pidfd)
             except ChildProcessError:
@@ -201,10 +255,10 @@ class Registry:
                 # No errno but ECHILD is known here. Not to know is no reason to hang, to spin, or to end the service.
                 self._table.lost(record, f"the kernel answered {exc}")
                 self._publish(record, by)
-                return True
+                return Answer.ENDED
             if raw is None:
                 # Observed, and running: the owner has collected it, and the number is another child's by now.
-                return record.state is State.OBSERVED and self._gone(record, by)
+                return self._gone(record, by) if record.state is State.OBSERVED else Answer.RUNNING
             if record.pidfd < 0 and record.identity is not None:
                 current = _kernel.identify(record.pid)
                 if current not in (None, record.identity):  # the number is another child's by now: not ours to take
@@ -212,15 +266,15 @@ class Registry:
             record.glimpse = raw
             return self._collect(record, raw, by)
 
-    def _collect(self, record: Record[Any], raw: int, by: Home) -> bool:
+    def _collect(self, record: Record[Link], raw: int, by: Home) -> Answer:
         if not record.reap:
             self._table.observed(record, ExitStatus.from_wait_status(record.pid, raw))
             self._publish(record, by)
-            return True
+            return Answer.ENDED
         usage = None
         if record.keeper is not None:
             if not record.keeper.collect(ExitStatus.from_wait_status(record.pid, raw).returncode):
-                return False
+                return Answer.LATER
         else:
             try:
                 taken = _kernel.take(record.pid)
@@ -228,54 +282,62 @@ class Registry:
                 pass  # somebody was faster, or we were, before an interruption: the glimpse is the status
             else:
                 if taken is None:
-                    return False
+                    return Answer.LATER
                 raw, usage = taken
         self._table.exited(record, ExitStatus.from_wait_status(record.pid, raw, usage))
         self._publish(record, by)
-        return True
+        return Answer.ENDED
 
-    def _gone(self, record: Record[Any], by: Home, *, certain: bool = False) -> bool:
-        """Deal with a child that somebody else has collected. False: the kernel doesn't know how it ended *yet*."""
-        if record.state is State.OBSERVED and (record.held or record.reap):
-            assert record.status is not None  # noqa: S101  (that is what observed means)
-            self._table.exited(record, record.status)
-            self._publish(record, by)
-            return True
-        if record.state is State.OBSERVED:  # by its owner, as it should be
-            self._table.drop(record)
-            for watch in record.watchers:
-                watch.home.finder.drop(record)
-            return True
+    def _gone(self, record: Record[Link], by: Home, *, certain: bool = False) -> Answer:
+        """Deal with a child that somebody else has collected.
+
+        Args:
+            record: The child.
+            by: The reaper that found out.
+            certain: Its pid is needed for another child: what can't be known now is lost.
+        """
         keeper = record.keeper
-        raw: int | str = record.glimpse if record.glimpse is not None else _kernel.recall(record.pidfd)
-        code = keeper.told() if keeper is not None else None
-        if raw == "later" and not certain:
-            return False
-        if isinstance(raw, int):
-            status = ExitStatus.from_wait_status(record.pid, raw)
+        status = record.status
+        if record.state is State.OBSERVED and not (record.held or record.reap):  # by its owner, as it should be
+            self._table.drop(record)
+            for link in record.watchers:
+                if (watch := link.watch()) is not None:
+                    watch.home.finder.drop(record)
+                    watch.home.forget(watch)
+            return Answer.ENDED
+        if status is None:
+            raw = record.glimpse if record.glimpse is not None else _kernel.recall(record.pidfd)
+            if isinstance(raw, int):
+                status = ExitStatus.from_wait_status(record.pid, raw)
+            elif keeper is not None and (code := keeper.told()) is not None:
+                status = ExitStatus(record.pid, code)
+            elif not certain and (raw == "later" or keeper is not None) and record.tries < _TRIES:
+                record.tries += 1
+                return Answer.LATER
+        if status is None:
+            self._table.lost(record, _kernel.ignored_statuses() or _STOLEN)
+        else:
             if keeper is not None:
                 keeper.tell(status.returncode)
             self._table.exited(record, status)
-        elif code is not None:
-            self._table.exited(record, ExitStatus(record.pid, code))
-        else:
-            self._table.lost(record, _kernel.ignored_statuses() or _STOLEN)
         self._publish(record, by)
-        return True
+        return Answer.ENDED
 
-    def _publish(self, record: Record[Any], by: Home) -> None:
+    def _publish(self, record: Record[Link], by: Home) -> None:
         # From the end, one by one, and each can be told twice: an interruption leaves the rest for the next time.
-        for watch in reversed(list(record.watchers)):
-            watch.home.finder.drop(record)
-            watch.home.post(watch, by)
-            if record.ended:
+        for link in reversed(list(record.watchers)):
+            watch = link.watch()
+            if watch is not None:
+                watch.home.finder.drop(record)
+                watch.home.post(watch, by)
+            if record.ended or watch is None:
                 with contextlib.suppress(ValueError):  # telling it may have been what ended a held one
-                    record.watchers.remove(watch)
+                    record.watchers.remove(link)
             else:
                 watch.home.finder.observe(record)
         self._close_pidfd(record)
 
-    def lead(self, record: Record[Any]) -> None:
+    def lead(self, record: Record[Link]) -> None:
         """Have the group that a child leads outlive it here, for somebody who will end it.
 
         Its number must not be given away. Through a pidfd it is named for ever, and the leader collected as always;
@@ -285,14 +347,14 @@ class Registry:
             record.group = True
             record.held = record.pidfd < 0 or not _kernel.groups_usable()
 
-    def send_group(self, record: Record[Any], signum: int) -> bool:
+    def send_group(self, record: Record[Link], signum: int) -> bool:
         """Signal the group of a child; False, and nothing sent, if there is none, or none that is surely its own."""
         with self.lock:
             if record.pidfd < 0 and record.ended:
                 return False  # collected by somebody else: the number may be anybody's
             return _kernel.send_group(record.pid, record.pidfd, record.identity, signum)
 
-    def survivors(self, record: Record[Any]) -> list[int]:
+    def survivors(self, record: Record[Link]) -> list[int]:
         """The pids of the live members of a child's group, or what is left of it that can be proved to be its."""
         with self.lock:
             try:
@@ -300,7 +362,7 @@ class Registry:
             except PermissionError:
                 return _kernel.live_members(record.pid)
 
-    def let_go(self, record: Record[Any], by: Home) -> None:
+    def let_go(self, record: Record[Link], by: Home) -> None:
         """Its group is gone, given up: collect a leader that was held, close a pidfd that was kept."""
         with self.lock:
             record.group = record.held = False
@@ -309,7 +371,7 @@ class Registry:
             elif record.state is State.OBSERVED:
                 self.check(record, by)
 
-    def _close_pidfd(self, record: Record[Any]) -> None:
+    def _close_pidfd(self, record: Record[Link]) -> None:
         if record.group:
             return  # it names the group still
         pidfd, record.pidfd = record.pidfd, -1
@@ -317,7 +379,7 @@ class Registry:
             self._pidfds.discard(pidfd)
             os.close(pidfd)
 
-    def send(self, record: Record[Any], signum: int) -> bool:
+    def send(self, record: Record[Link], signum: int) -> bool:
         """Signal a child; False, and nothing sent, if it has ended."""
         with self.lock:
             if record.ended:

@@ -21,7 +21,7 @@ from anyreap import _kernel, _sigchld
 from anyreap._errors import SigchldUnavailable
 from anyreap._finder import Finder, Origin
 from anyreap._loop import current_loop
-from anyreap._registry import registry
+from anyreap._registry import Answer, registry
 from anyreap._spawner import Spawner
 from anyreap._table import State
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from anyreap._child import Child
     from anyreap._process import Process
-    from anyreap._registry import Home
+    from anyreap._registry import Home, Link
     from anyreap._shutdown import Shutdown
     from anyreap._status import ExitStatus
     from anyreap._table import Record
@@ -46,9 +46,9 @@ _ABANDON: Final = 1.0
 class Watch:
     """One reaper's share in one child: who waits for it here, and whether it is to be collected and owned."""
 
-    __slots__ = ("child", "event", "home", "policy", "reap", "record", "told")
+    __slots__ = ("__weakref__", "child", "event", "home", "policy", "reap", "record", "told")
 
-    def __init__(self, record: Record[Watch], home: Service, *, reap: bool) -> None:
+    def __init__(self, record: Record[Link], home: Service, *, reap: bool) -> None:
         self.record: Final = record
         self.home: Final = home
         self.reap = reap
@@ -60,7 +60,9 @@ class Watch:
     @property
     def settled(self) -> bool:
         """Whether a wait has nothing left to wait for."""
-        return self.record.state is not State.RUNNING or self.home.closed or self.home.failure is not None
+        state = self.record.state
+        known = state is State.OBSERVED and (self.record.held or not self.reap)
+        return known or self.record.ended or self.home.closed or self.home.failure is not None
 
     def settle(self) -> None:
         """Wake the tasks that wait."""
@@ -90,7 +92,7 @@ class Service:
         self.changed = anyio.Event()
         self.exits: list[MemoryObjectSendStream[ExitStatus]] = []
         self.reaped = self.lost = self.wakeups = self.late = 0
-        self._stopping = False
+        self._stopping = self._broken = False
         self._stopped = anyio.Event()
         self._inbox: deque[Watch] = deque()
 
@@ -278,9 +280,11 @@ class Service:
             self.tell(self._inbox.popleft())
         began = time.monotonic()
         for record, origin in self.finder.candidates(now, beat=beat):
-            if registry.check(record, self):
-                late += not woken and beat and origin is not Origin.RETRIED and record.state is not State.OBSERVED
-            elif origin is not Origin.SCANNED:
+            running = record.state is State.RUNNING
+            answer = registry.check(record, self)
+            if answer is Answer.ENDED:
+                late += running and beat and not woken and origin is not Origin.RETRIED
+            elif answer is Answer.LATER or origin is not Origin.SCANNED:
                 self.finder.retry(record, self.loop.now())
             if time.monotonic() - began > _SLICE:
                 await self.loop.checkpoint()
@@ -290,9 +294,26 @@ class Service:
         if beat:
             for watch in list(self.groups):
                 self.look_at_group(watch)
+            self._check_pipe()
         self.late += late
         if beat and self.source == "sigchld":
             _sigchld.refresh(late=late > 0)
+
+    def forget(self, watch: Watch) -> None:
+        """Let go of a child that was observed, now that its owner has collected it."""
+        self.watches.discard(watch)
+        watch.child = None
+
+    def _check_pipe(self) -> None:
+        if not self._broken and not self._pipe.is_intact():
+            self._broken = True
+            _sigchld.unsubscribe(self._pipe)  # what has those numbers now is no place for our bytes
+            self.loop.close()
+            self._pipe.close()
+            _sigchld.warn(
+                "somebody closed the descriptors of anyreap's self-pipe (os.closerange?) while a reaper was open: exits"
+                " are seen up to one heartbeat late from now on"
+            )
 
     def _died(self) -> None:
         if not self._stopping and self.failure is None:
@@ -321,7 +342,8 @@ class Service:
         if watch.told is record.state:
             return
         watch.told = record.state
-        watch.settle()
+        if watch.settled:
+            watch.settle()
         self.processes.pop(watch, None)
         if watch in self.owned and (record.ended or record.held):
             self.owned.discard(watch)

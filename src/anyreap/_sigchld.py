@@ -1,7 +1,7 @@
 """SIGCHLD: the self-pipe, the one handler of this process, the wakeup fd, and what a fork does to them.
 
 The only place that calls `signal.signal`, `signal.siginterrupt` and `signal.set_wakeup_fd`. It is the ancestor
-`twisted.internet._signals` with its faults mended; field.md of the project's history lists them, in short:
+`twisted.internet._signals` with its faults mended; in short:
 
 - the previous handler is chained, and put back with its flags, but only where ours is still in place;
 - a foreign wakeup fd is neither replaced nor reset;
@@ -57,10 +57,11 @@ class SelfPipe:
         ```
     """
 
-    __slots__ = ("_read", "_write")
+    __slots__ = ("_inode", "_read", "_write")
 
     def __init__(self) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC) if hasattr(os, "pipe2") else _pipe()
+        self._inode = os.fstat(self._read).st_ino
 
     def fileno(self) -> int:
         """Return the read end, the one to wait on; -1 once it is closed."""
@@ -87,12 +88,22 @@ class SelfPipe:
     def read(self) -> bytes:
         """Read and return all that is in the pipe: zeros from `wake`, signal numbers from a wakeup fd."""
         data = b""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(OSError):  # empty; or closed behind our back, which the heartbeat notices
             while chunk := os.read(self._read, 65536):
                 data += chunk
                 if len(chunk) < 65536:
                     break
         return data
+
+    def is_intact(self) -> bool:
+        """Whether both numbers still are the two ends of this pipe: somebody may have closed them (`os.closerange`)."""
+        return self._is_mine(self._read) and self._is_mine(self._write)
+
+    def _is_mine(self, fd: int) -> bool:
+        try:
+            return os.fstat(fd).st_ino == self._inode
+        except OSError:
+            return False
 
     def close(self) -> None:
         """Close both ends. Does nothing the second time."""
@@ -100,9 +111,8 @@ class SelfPipe:
         read, write = self._read, self._write
         self._read = self._write = -1
         for fd in (write, read):
-            if fd >= 0:
-                with contextlib.suppress(OSError):  # closed by somebody else
-                    os.close(fd)
+            if fd >= 0 and self._is_mine(fd):
+                os.close(fd)
 
     def __enter__(self) -> Self:
         return self
@@ -196,6 +206,7 @@ class _Installed:
         self.pid = os.getpid()
         self.found_action = _disposition()
         self.found: Any = signal.getsignal(signal.SIGCHLD)
+        self.plain = False  # wanted by install_handler, which has no pipe of ours
         self.lent = -1
         self.lends = False
         self.foreign = False
@@ -230,6 +241,8 @@ class _Installed:
     def remove(self) -> bool:
         """Put back what was found; False if somebody else's handler is in place, which is left to them."""
         self.pipes = ()
+        if threading.current_thread() is not threading.main_thread():
+            return False  # a block that was thrown away is ended by whichever thread collects garbage
         self.take_back()
         if signal.getsignal(signal.SIGCHLD) != self.handle:
             return False
@@ -331,35 +344,40 @@ def subscribe(pipe: SelfPipe, *, lend: bool) -> None:
     global _installed, _warned
     if why := unavailable():
         raise SigchldUnavailable("no SIGCHLD self-pipe here: " + why)
-    if _installed is None:
-        installed = _Installed()
-        if installed.hides_a_c_handler():
-            installed.remove()
-            signal.raise_signal(signal.SIGCHLD)  # for whom it was meant, had one come meanwhile
-            raise SigchldUnavailable("no SIGCHLD self-pipe here: " + _C_HANDLER)
-        _installed = installed
+    installed = _installed or _Installed()
+    if _installed is None and installed.hides_a_c_handler():
+        installed.remove()
+        signal.raise_signal(signal.SIGCHLD)  # for whom it was meant, had one come meanwhile
+        raise SigchldUnavailable("no SIGCHLD self-pipe here: " + _C_HANDLER)
+    if not installed.pipes:
         _warned = False
-    _installed.pipes += (pipe,)
+    installed.pipes += (pipe,)
+    _installed = installed
     if lend:
-        _installed.lends = True
-        _installed.lend()
+        installed.lends = True
+        installed.lend()
 
 
 def unsubscribe(pipe: SelfPipe) -> None:
     """Take a pipe out again, in any order; the last one puts back what the first one found."""
+    installed = _installed
+    if installed is None or pipe not in installed.pipes:
+        return
+    lent = installed.lent >= 0 and installed.lent == pipe.write_fileno()
+    installed.pipes = tuple(other for other in installed.pipes if other is not pipe)
+    if lent and threading.current_thread() is threading.main_thread():
+        installed.take_back()
+        if installed.pipes:
+            installed.lend()
+    _remove_if_unused()
+
+
+def _remove_if_unused() -> None:
     global _installed
-    if _installed is None or pipe not in _installed.pipes:
-        return
-    rest = tuple(other for other in _installed.pipes if other is not pipe)
-    if rest:
-        _installed.pipes = rest
-        if _installed.lent == pipe.write_fileno():
-            _installed.take_back()
-            _installed.lend()
-        return
-    gone, _installed = _installed, None
-    if not gone.remove():
-        _warn_replaced()
+    if _installed is not None and not _installed.pipes and not _installed.plain:
+        gone, _installed = _installed, None
+        if not gone.remove():
+            _warn_replaced()
 
 
 def refresh(*, late: bool) -> None:
@@ -368,7 +386,7 @@ def refresh(*, late: bool) -> None:
     Args:
         late: Whether the heartbeat has just found an exit that no signal told of.
     """
-    if _installed is None:
+    if _installed is None or not _installed.pipes:
         return
     if _installed.lends and (late or not _installed.foreign):
         _installed.lend()
@@ -399,8 +417,7 @@ def warn(text: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The ancestor's two functions.
 
-_lowlevel: _Installed | None = None
-_lowlevel_wakeup: tuple[int, int] = (-1, -1)  # ours, and the one that was found
+_wakeup: tuple[int, int] = (-1, -1)  # the one that was set here, and the one that was found
 
 
 def install_handler(fd: int) -> int:
@@ -435,28 +452,31 @@ def install_handler(fd: int) -> int:
             assert lowlevel.reap(pid).success
         ```
     """
-    global _lowlevel, _lowlevel_wakeup
+    global _installed, _wakeup
+    plain = _installed is not None and _installed.plain
     if fd != -1:
         found = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)  # first: it is the one that can fail
-        if _lowlevel is None:
-            _lowlevel = _Installed()
-            _lowlevel_wakeup = (fd, found)
-        else:
-            _lowlevel_wakeup = (fd, _lowlevel_wakeup[1])
+        _installed = _installed or _Installed()
+        _installed.plain = True
+        if found == _installed.lent:  # a reaper's, lent because there was none: now there is one
+            _installed.lent, _installed.foreign, found = -1, True, -1
+        _wakeup = (fd, _wakeup[1] if plain else found)
         return found
-    if _lowlevel is None:
+    if not plain or _installed is None:
         found = signal.set_wakeup_fd(-1)
         if found != -1:
             signal.set_wakeup_fd(found)  # nobody's but theirs
         return found
-    gone, _lowlevel = _lowlevel, None
-    (ours, before), _lowlevel_wakeup = _lowlevel_wakeup, (-1, -1)
-    gone.remove()
+    (ours, before), _wakeup = _wakeup, (-1, -1)
     found = signal.set_wakeup_fd(-1)
     back = before if found == ours else found
     if back != -1:
-        with contextlib.suppress(ValueError, OSError):  # closed meanwhile by whoever set it
+        with contextlib.suppress(ValueError):  # closed meanwhile by whoever set it
             signal.set_wakeup_fd(back)
+    _installed.plain = False
+    if _installed.pipes and _installed.lends:
+        _installed.lend()
+    _remove_if_unused()
     return found
 
 
@@ -481,18 +501,16 @@ def is_default_handler() -> bool:
 
 def forked() -> None:
     """In a forked child: restore what was found, and forget the rest. The pipes are closed by who owns them."""
-    global _installed, _lowlevel, _lowlevel_wakeup
-    lowlevel, _lowlevel = _lowlevel, None
-    (ours, _), _lowlevel_wakeup = _lowlevel_wakeup, (-1, -1)
+    global _installed, _wakeup
+    (ours, _), _wakeup = _wakeup, (-1, -1)
     installed, _installed = _installed, None
     if ours != -1:
         # A wakeup fd that the parent still reads is no place for this process's signals.
         found = signal.set_wakeup_fd(-1)
         if found not in (-1, ours):
             signal.set_wakeup_fd(found)
-    for each in (lowlevel, installed):
-        if each is not None:
-            pipes = each.pipes
-            each.remove()
-            for pipe in pipes:
-                pipe.close()
+    if installed is not None:
+        pipes = installed.pipes
+        installed.remove()
+        for pipe in pipes:
+            pipe.close()

@@ -45,7 +45,8 @@ class Keeper(Protocol):
 class Watcher(Protocol):
     """Somebody who watches a child: one of each reaper, at most."""
 
-    reap: bool
+    @property
+    def reap(self) -> bool: ...  # noqa: D102
 
 
 _W = TypeVar("_W", bound=Watcher)
@@ -59,7 +60,20 @@ class Record(Generic[_W]):
     being given away, so it is not collected before the group is gone.
     """
 
-    __slots__ = ("glimpse", "group", "held", "identity", "keeper", "pid", "pidfd", "state", "status", "watchers", "why")
+    __slots__ = (
+        "glimpse",
+        "group",
+        "held",
+        "identity",
+        "keeper",
+        "pid",
+        "pidfd",
+        "state",
+        "status",
+        "tries",
+        "watchers",
+        "why",
+    )
 
     def __init__(self, pid: int, pidfd: int, identity: int | None) -> None:
         self.pid: Final = pid
@@ -70,6 +84,7 @@ class Record(Generic[_W]):
         self.status: ExitStatus | None = None
         self.glimpse: int | None = None
         self.why = ""
+        self.tries = 0
         self.group = False
         self.held = False
         self.watchers: list[_W] = []
