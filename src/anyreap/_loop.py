@@ -14,7 +14,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import signal
 import sys
+import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Final
 
@@ -50,6 +52,20 @@ def protect_from_ki(*functions: Callable[..., Any]) -> None:
             trio.lowlevel.enable_ki_protection(function)
 
 
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    # The one way to keep a KeyboardInterrupt out of a few lines where no loop does: the call that blocks raises one
+    # that has come, the call that unblocks raises one that came meanwhile. Nothing is started, nothing waits in between.
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python runs no signal handler here
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 class TrioLoop:
     """The service is a system task: outside of every cancel scope of the program, and protected from Ctrl-C."""
 
@@ -68,6 +84,10 @@ class TrioLoop:
     def now(self) -> float:
         """The loop's clock, in seconds."""
         return self._trio.current_time()
+
+    def uninterrupted(self) -> contextlib.AbstractContextManager[None]:
+        """Keep a KeyboardInterrupt out of a few lines that don't wait."""
+        return contextlib.nullcontext()  # trio does, see protect_from_ki
 
     def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None:
         """Take a descriptor to wait on, how to empty it, and how to make it readable."""
@@ -150,6 +170,10 @@ class AsyncioLoop:
         """The loop's clock, in seconds."""
         return self._loop.time()
 
+    def uninterrupted(self) -> contextlib.AbstractContextManager[None]:
+        """Keep a KeyboardInterrupt out of a few lines that don't wait."""
+        return _uninterrupted()
+
     def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None:  # noqa: ARG002
         """Take a descriptor to wait on, and how to empty it."""
         self._fd, self._drain = fd, drain
@@ -193,8 +217,10 @@ class AsyncioLoop:
     def _orphaned(self) -> bool:
         # The task that opened the block has ended and left it open: an interrupt tore it down. Nobody will stop the
         # service, and asyncio.run() waits for all tasks.
-        opener = None if self._opener is None else self._opener()
-        return opener is not None and opener.done()
+        if self._opener is None:
+            return False
+        opener = self._opener()
+        return opener is None or opener.done()
 
     def in_loop(self, call: Callable[[], None]) -> None:
         """Have something called in the loop's thread, from another one; `RuntimeError` if the loop is gone."""

@@ -154,7 +154,9 @@ class Reaper:
                 watch.child = Child._of(watch)
                 service.watches.add(watch)
                 registry.join(record, watch)
-            watch.reap = watch.reap or reap
+            if reap and not watch.reap:
+                watch.reap = True
+                watch.event = None  # who waits from now on waits for the collection
             if changed:
                 service.finder.hand_in(record)
         if changed:
@@ -474,8 +476,9 @@ class _Block:
         # The one checkpoint comes first: from the installation to the body there is no place to be cancelled.
         await anyio.lowlevel.checkpoint()
         service = Service(heartbeat=self._heartbeat, shutdown=self._shutdown)
-        service.open(self._source)
-        self._service = service
+        with service.loop.uninterrupted():
+            service.open(self._source)
+            self._service = service
         return Reaper._of(service)
 
     async def __aexit__(

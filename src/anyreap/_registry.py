@@ -207,6 +207,12 @@ class Registry:
         self._table.join(record, Link(watch))
         watch.home.finder.add(record)
 
+    def relink(self, watch: Any) -> None:
+        """Let a reaper watch a child again, when the garbage collector has cut its link before it ends what it owns."""
+        with self.lock:
+            if not watch.record.ended and self.watch_of(watch.record, watch.home) is None:
+                self._table.join(watch.record, Link(watch))
+
     def watch_of(self, record: Record[Link], home: Home) -> Any:
         """The share that a reaper has in a child already; None if it has none."""
         shares = (link.watch() for link in record.watchers)

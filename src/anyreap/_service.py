@@ -175,7 +175,8 @@ class Service:
             except self.loop.interrupts as exc:
                 interrupt = exc
         try:
-            self.release()
+            with self.loop.uninterrupted():
+                self.release()
         except KeyboardInterrupt as exc:
             interrupt = exc
             self.release()
@@ -186,6 +187,7 @@ class Service:
         self._stopping = self.closing = True
         self.close_pipes()
         for watch in (*self.owned, *self.groups):
+            registry.relink(watch)
             send = registry.send_group if watch.policy.scope == "group" else registry.send
             with contextlib.suppress(OSError):
                 send(watch.record, signal.SIGKILL)

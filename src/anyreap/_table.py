@@ -46,7 +46,7 @@ class Watcher(Protocol):
     """Somebody who watches a child: one of each reaper, at most."""
 
     @property
-    def reap(self) -> bool: ...  # noqa: D102
+    def reap(self) -> bool: ...
 
 
 _W = TypeVar("_W", bound=Watcher)
