@@ -46,6 +46,7 @@ _RETRY_FIRST: Final = 0.005
 _RETRY_LAST: Final = 0.25
 
 _PEEKS: Final = 8
+_TURN: Final = 2000
 
 
 class Finder:
@@ -150,6 +151,9 @@ class Finder:
         if beat or everybody:
             yield from self._each(self._bare)
             yield from self._each(self._observed)
+            for pid in list(self._bare)[:_TURN]:  # those that came first come last in the next one
+                if (record := self._bare.pop(pid, None)) is not None:
+                    self._bare[pid] = record
         elif self._bare:
             yield from self._peeked()
         for record, (_, due) in list(self._retries.items()):

@@ -55,7 +55,7 @@ def protect_from_ki(*functions: Callable[..., Any]) -> None:
 @contextlib.contextmanager
 def _uninterrupted() -> Iterator[None]:
     # The one way to keep a KeyboardInterrupt out of a few lines where no loop does: the call that blocks raises one
-    # that has come, the call that unblocks raises one that came meanwhile. Nothing is started, nothing waits in between.
+    # that has come, the call that unblocks raises one that came meanwhile. In between nothing starts and nothing waits.
     if threading.current_thread() is not threading.main_thread():
         yield  # Python runs no signal handler here
         return

@@ -247,8 +247,15 @@ class Registry:
         self._gone(record, by, certain=True)
         return False
 
-    def check(self, record: Record[Link], by: Home) -> Answer:
-        """Ask the kernel for one child; collect it and tell everybody if it has ended."""
+    def check(self, record: Record[Link], by: Home, *, thorough: bool = False) -> Answer:
+        """Ask the kernel for one child; collect it and tell everybody if it has ended.
+
+        Args:
+            record: The child.
+            by: The reaper that asks.
+            thorough: Of one that runs and has no pidfd, also ask whether it is the one that was handed in: its status
+                may have been stolen, and its number given to another child of ours.
+        """
         with self.lock:
             if record.ended or not record.watchers:  # by another reaper, or before an interruption; or left
                 self._publish(record, by)
@@ -264,13 +271,19 @@ class Registry:
                 return Answer.ENDED
             if raw is None:
                 # Observed, and running: the owner has collected it, and the number is another child's by now.
-                return self._gone(record, by) if record.state is State.OBSERVED else Answer.RUNNING
-            if record.pidfd < 0 and record.identity is not None:
-                current = _kernel.identify(record.pid)
-                if current not in (None, record.identity):  # the number is another child's by now: not ours to take
+                if record.state is State.OBSERVED or (thorough and self._recycled(record)):
                     return self._gone(record, by, certain=True)
+                return Answer.RUNNING
+            if self._recycled(record):  # not ours to take
+                return self._gone(record, by, certain=True)
             record.glimpse = raw
             return self._collect(record, raw, by)
+
+    def _recycled(self, record: Record[Link]) -> bool:
+        """Whether the pid of a child without a pidfd is another child's by now."""
+        if record.pidfd >= 0 or record.identity is None:
+            return False
+        return _kernel.identify(record.pid) not in (None, record.identity)
 
     def _collect(self, record: Record[Link], raw: int, by: Home) -> Answer:
         if not record.reap:

@@ -162,7 +162,7 @@ class Ladder:
             self._trouble[watch.record.pid] = f"signal {signum} could not be sent: {exc.strerror}"
 
     def _look_at(self, watch: Watch) -> None:
-        registry.check(watch.record, self._service)
+        registry.check(watch.record, self._service, thorough=True)
         self._service.look_at_group(watch)
 
     async def _look(self) -> None:

@@ -269,7 +269,7 @@ class _Installed:
         if found in (-1, self.lent):
             self.lent, self.foreign = pipe.write_fileno(), False
         else:
-            with contextlib.suppress(ValueError):  # closed by its owner, who did not take it back
+            with contextlib.suppress(ValueError, OSError):  # closed by its owner, who did not take it back
                 signal.set_wakeup_fd(found)
             self.lent, self.foreign = -1, True
             strays = pipe.read()
@@ -471,7 +471,7 @@ def install_handler(fd: int) -> int:
     found = signal.set_wakeup_fd(-1)
     back = before if found == ours else found
     if back != -1:
-        with contextlib.suppress(ValueError):  # closed meanwhile by whoever set it
+        with contextlib.suppress(ValueError, OSError):  # closed meanwhile by whoever set it
             signal.set_wakeup_fd(back)
     _installed.plain = False
     if _installed.pipes and _installed.lends:
