@@ -109,16 +109,13 @@ class Service:
             self.finder = Finder()
             try:
                 self._subscribe(source)
-                try:
-                    fd = self._pipe.fileno()
-                    if self.source == "pidfd" and self.finder.fileno() >= 0:
-                        self.finder.also_wake_on(fd)
-                        fd = self.finder.fileno()
-                    self.loop.open(fd, self._drain, self._pipe.wake)
-                except BaseException:
-                    _sigchld.unsubscribe(self._pipe)
-                    raise
+                fd = self._pipe.fileno()
+                if self.source == "pidfd" and self.finder.fileno() >= 0:
+                    self.finder.also_wake_on(fd)
+                    fd = self.finder.fileno()
+                self.loop.open(fd, self._drain, self._pipe.wake)
             except BaseException:
+                _sigchld.unsubscribe(self._pipe)
                 self.finder.close()
                 raise
         except BaseException:

@@ -268,9 +268,9 @@ class _Installed:
         found = signal.set_wakeup_fd(pipe.write_fileno(), warn_on_full_buffer=False)
         if found in (-1, self.lent):
             self.lent, self.foreign = pipe.write_fileno(), False
+        elif not _set_wakeup_fd(found):  # closed by its owner, who did not take it back: as good as none
+            self.lent, self.foreign = pipe.write_fileno(), False
         else:
-            with contextlib.suppress(ValueError, OSError):  # closed by its owner, who did not take it back
-                signal.set_wakeup_fd(found)
             self.lent, self.foreign = -1, True
             strays = pipe.read()
             hinted += len(strays)
@@ -286,7 +286,15 @@ class _Installed:
         lent, self.lent = self.lent, -1
         found = signal.set_wakeup_fd(-1)
         if found not in (-1, lent):
-            signal.set_wakeup_fd(found)
+            _set_wakeup_fd(found)
+
+
+def _set_wakeup_fd(fd: int) -> bool:
+    try:
+        signal.set_wakeup_fd(fd)
+    except (ValueError, OSError):  # it is closed, or has been made blocking
+        return False
+    return True
 
 
 _C_HANDLER: Final = (
@@ -471,8 +479,7 @@ def install_handler(fd: int) -> int:
     found = signal.set_wakeup_fd(-1)
     back = before if found == ours else found
     if back != -1:
-        with contextlib.suppress(ValueError, OSError):  # closed meanwhile by whoever set it
-            signal.set_wakeup_fd(back)
+        _set_wakeup_fd(back)
     _installed.plain = False
     if _installed.pipes and _installed.lends:
         _installed.lend()
