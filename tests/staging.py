@@ -152,3 +152,9 @@ def asyncio_hosts() -> list[harness.Host]:
 
 on_asyncio = pytest.mark.parametrize("host", asyncio_hosts(), ids=str, indirect=True)
 """Run a test on the loops of asyncio only."""
+
+# What takes long, and differs little from loop to loop.
+on_two_hosts = pytest.mark.parametrize(
+    "host", [harness.HOSTS[0], harness.HOSTS[3]], ids=str, indirect=True
+)
+"""Run a test on trio with SIGCHLD, and on asyncio with pidfds."""

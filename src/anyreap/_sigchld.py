@@ -266,9 +266,7 @@ class _Installed:
         pipe = self.pipes[0]
         hinted = pipe.drain()  # of no meaning to asyncio: from before
         found = signal.set_wakeup_fd(pipe.write_fileno(), warn_on_full_buffer=False)
-        if found in (-1, self.lent):
-            self.lent, self.foreign = pipe.write_fileno(), False
-        elif not _set_wakeup_fd(found):  # closed by its owner, who did not take it back: as good as none
+        if found in (-1, self.lent) or not _set_wakeup_fd(found):
             self.lent, self.foreign = pipe.write_fileno(), False
         else:
             self.lent, self.foreign = -1, True
