@@ -14,6 +14,7 @@ Wait statuses are raw here (the 16 bits of `man 2 wait`); `ExitStatus` decodes t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -21,7 +22,10 @@ import resource
 import signal
 import struct
 import sys
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _LINUX: Final = sys.platform == "linux"
 
@@ -98,6 +102,56 @@ def open_pidfd(pid: int) -> int:
         if exc.errno in _NO_PROCESS:
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from exc
         return -1
+
+
+# One descriptor in reserve while a reaper is open. A program that has run out of them can still hand in a child and
+# have it told from every other process, and its block can still end what it owns: both take a descriptor for a moment.
+_spare = -1
+_OUT_OF_FDS: Final = (errno.EMFILE, errno.ENFILE)
+
+
+def keep_spare() -> None:
+    """Have a descriptor in reserve, if one can be had."""
+    global _spare
+    if _numbered is None and pidfds_usable():  # now, while there are descriptors to find out
+        with contextlib.suppress(OSError), _moment(os.getpid()) as pidfd:
+            _pidfds_numbered(pidfd)
+    if _spare < 0:
+        with contextlib.suppress(OSError):
+            _spare = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def drop_spare() -> None:
+    """Give it back."""
+    global _spare
+    fd, _spare = _spare, -1
+    if fd >= 0:
+        with contextlib.suppress(OSError):
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _moment(pid: int) -> Iterator[int]:
+    """A pidfd for a moment, on the reserve if it must be. Raises what `pidfd_open` raises."""
+    spared = False
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError as exc:
+        if exc.errno not in _OUT_OF_FDS or _spare < 0:
+            raise
+        drop_spare()
+        spared = True
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            keep_spare()
+            raise
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+        if spared:
+            keep_spare()
 
 
 def look(pid: int, pidfd: int = -1) -> int | None:
@@ -187,16 +241,13 @@ def identify(pid: int, pidfd: int = -1) -> int | None:
         if numbered:
             return os.fstat(pidfd).st_ino
         return None if numbered is None else _start_time(pid)
+    if not pidfds_usable():
+        return _start_time(pid)
     try:
-        fd = open_pidfd(pid)
-    except ProcessLookupError:
-        return None
-    if fd < 0:
-        return _start_time(pid) if _numbered is False or not pidfds_usable() else None
-    try:
-        return identify(pid, fd)
-    finally:
-        os.close(fd)
+        with _moment(pid) as fd:
+            return identify(pid, fd)
+    except OSError as exc:
+        return _start_time(pid) if _numbered is False and exc.errno not in _NO_PROCESS else None
 
 
 def _pidfds_numbered(pidfd: int) -> bool | None:
@@ -245,21 +296,20 @@ def send(pid: int, pidfd: int, identity: int | None, signum: int) -> bool:
     if not pidfds_usable():
         return _send_by_number(pid, identity, signum)
     try:
-        fd = os.pidfd_open(pid)  # out of descriptors is an error here: an unsent signal must not pass for a sent one
-    except ProcessLookupError:
-        return False
-    try:
-        if (
-            identity is None
-        ):  # it could not be had when the child was handed in: an unreaped child is all we can ask for
-            look(pid, fd)
-        elif identify(pid, fd) != identity:
-            return False
-        return _send_through(fd, signum)
+        with _moment(pid) as fd:  # out of descriptors is an error here: an unsent signal must not pass for a sent one
+            if (
+                identity is None
+            ):  # it could not be had when the child was handed in: an unreaped child is all we can ask
+                look(pid, fd)
+            elif identify(pid, fd) != identity:
+                return False
+            return _send_through(fd, signum)
     except ChildProcessError:
         return False
-    finally:
-        os.close(fd)
+    except OSError as exc:
+        if exc.errno in _NO_PROCESS:
+            return False
+        raise
 
 
 def _send_by_number(pid: int, identity: int | None, signum: int) -> bool:

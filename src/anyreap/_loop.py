@@ -32,7 +32,8 @@ def current_loop() -> TrioLoop | AsyncioLoop:
     """
     # trio first: in guest mode a trio task runs inside a callback of an asyncio loop, and is a trio task.
     trio = sys.modules.get("trio")
-    if trio is not None and trio.lowlevel.in_trio_task():
+    lowlevel = getattr(trio, "lowlevel", None)  # it may be in the middle of its import, in another thread
+    if lowlevel is not None and lowlevel.in_trio_task():
         return TrioLoop()
     try:
         return AsyncioLoop(asyncio.get_running_loop())
@@ -46,10 +47,10 @@ def protect_from_ki(*functions: Callable[..., Any]) -> None:
 
     trio's decorator would do, had it not to be imported: nobody who runs on asyncio shall import trio.
     """
-    trio = sys.modules.get("trio")
-    if trio is not None:
+    lowlevel = getattr(sys.modules.get("trio"), "lowlevel", None)
+    if lowlevel is not None:
         for function in functions:
-            trio.lowlevel.enable_ki_protection(function)
+            lowlevel.enable_ki_protection(function)
 
 
 @contextlib.contextmanager
@@ -89,7 +90,7 @@ class TrioLoop:
         """Keep a KeyboardInterrupt out of a few lines that don't wait."""
         return contextlib.nullcontext()  # trio does, see protect_from_ki
 
-    def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None:
+    def open(self, fd: int, drain: Callable[[], object], kick: Callable[[], None]) -> None:
         """Take a descriptor to wait on, how to empty it, and how to make it readable."""
         self._fd, self._drain, self._wake = fd, drain, kick
 
@@ -123,6 +124,7 @@ class TrioLoop:
                     await self._kicked.wait()
             except (OSError, self._trio.ClosedResourceError):  # somebody closed it: the heartbeat has to do
                 await self._kicked.wait()
+        self._kicked = self._trio.Event()
         if not scope.cancelled_caught:
             self._drain()
         return not scope.cancelled_caught
@@ -174,7 +176,7 @@ class AsyncioLoop:
         """Keep a KeyboardInterrupt out of a few lines that don't wait."""
         return _uninterrupted()
 
-    def open(self, fd: int, drain: Callable[[], None], kick: Callable[[], None]) -> None:  # noqa: ARG002
+    def open(self, fd: int, drain: Callable[[], object], kick: Callable[[], None]) -> None:  # noqa: ARG002
         """Take a descriptor to wait on, and how to empty it."""
         self._fd, self._drain = fd, drain
         self._loop.add_reader(fd, self._on_readable)
@@ -205,11 +207,18 @@ class AsyncioLoop:
             await serve()
 
         def done(task: asyncio.Task[None]) -> None:
-            killed = task.cancelled() or isinstance(task.exception(), (KeyboardInterrupt, SystemExit))
-            if killed and not self._orphaned():
-                self.start(serve, died)
-            else:
-                died()
+            again = False
+            try:
+                killed = task.cancelled() or isinstance(task.exception(), (KeyboardInterrupt, SystemExit))
+                again = killed and not self._orphaned()
+                if again:
+                    self.start(serve, died)
+            except BaseException:
+                again = False
+                raise
+            finally:
+                if not again:
+                    died()
 
         self._service = self._loop.create_task(anyreap_service(), name="anyreap service")
         self._service.add_done_callback(done)

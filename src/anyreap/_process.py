@@ -161,7 +161,7 @@ class Process(anyio.abc.Process):
         home = self._watch.home
         if home.closed or self._watch not in home.owned | home.groups:
             return {}
-        ladder = Ladder(home, only=self._watch)
+        ladder = Ladder(home, leaving, only=self._watch)
         survivors = await ladder.climb()
         if survivors and leaving is not None:
             (ladder.interrupt or leaving).add_note(str(StillRunning(survivors)))

@@ -156,7 +156,8 @@ class Reaper:
                 registry.join(record, watch)
             if reap and not watch.reap:
                 watch.reap = True
-                watch.event = None  # who waits from now on waits for the collection
+                if record.state is State.OBSERVED:  # all who wait have been told
+                    watch.event = None  # who waits from now on waits for the collection
             if changed:
                 service.finder.hand_in(record)
         if changed:
@@ -476,9 +477,13 @@ class _Block:
         # The one checkpoint comes first: from the installation to the body there is no place to be cancelled.
         await anyio.lowlevel.checkpoint()
         service = Service(heartbeat=self._heartbeat, shutdown=self._shutdown)
-        with service.loop.uninterrupted():
-            service.open(self._source)
-            self._service = service
+        try:
+            with service.loop.uninterrupted():
+                service.open(self._source)
+                self._service = service
+        except BaseException:
+            service.release()
+            raise
         return Reaper._of(service)
 
     async def __aexit__(
@@ -493,17 +498,29 @@ class _Block:
         if isinstance(value, GeneratorExit):
             service.abandon()  # the coroutine is being thrown away: nothing can be awaited any more
             return
+        try:
+            await self._leave(service, value)
+        except BaseException:
+            # Interrupted where nothing more can be awaited (GeneratorExit), or a fault of ours or of a Popen's: either
+            # way no child and no handler is left.
+            if not service.closed:
+                service.abandon()
+            raise
+
+    async def _leave(self, service: Service, value: BaseException | None) -> None:
         leaving: BaseException | None = value
         if value is None:
             try:
                 await self._drained(service)
+            except GeneratorExit:
+                raise
             except BaseException as exc:  # noqa: BLE001  (it leaves, once nothing is left behind)
                 leaving = exc
         service.closing = True
         survivors: dict[int, str] = {}
         if service.owned or service.groups or service.starting:
             service.close_pipes()  # nor would one that is blocked on a full pipe, politely
-            ladder = Ladder(service)
+            ladder = Ladder(service, leaving)
             survivors = await ladder.climb()
             leaving = ladder.interrupt or leaving
             interrupted = ladder.interrupt is not None

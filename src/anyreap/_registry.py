@@ -91,7 +91,10 @@ class PopenKeeper:
 
     def collect(self, returncode: int) -> bool:
         """Have it collect its child; False if it can't now, because another thread is in its `wait`."""
-        if self._popen.poll() is None:
+        try:
+            if self._popen.poll() is None:
+                return False
+        except Exception:  # noqa: BLE001  (somebody's subclass: one child's trouble must not end the service)
             return False
         # If somebody took the status between our look and its poll, it has put down 0 (cpython#127050).
         self._popen.returncode = returncode
@@ -396,7 +399,21 @@ class Registry:
         pidfd, record.pidfd = record.pidfd, -1
         if pidfd in self._pidfds:
             self._pidfds.discard(pidfd)
-            os.close(pidfd)
+            with contextlib.suppress(OSError):  # closed by somebody else (os.closerange)
+                os.close(pidfd)
+
+    def add(self, home: Home) -> None:
+        """Note a reaper that was opened."""
+        with self.lock:
+            self.homes.add(home)
+            _kernel.keep_spare()
+
+    def discard(self, home: Home) -> None:
+        """Forget a reaper that was closed."""
+        with self.lock:
+            self.homes.discard(home)
+            if not self.homes:
+                _kernel.drop_spare()
 
     def send(self, record: Record[Link], signum: int) -> bool:
         """Signal a child; False, and nothing sent, if it has ended."""
@@ -411,6 +428,7 @@ class Registry:
         for home in list(self.homes):
             home.forked()
         self.homes.clear()
+        _kernel.drop_spare()
         for pidfd in self._pidfds:
             os.close(pidfd)
         self._pidfds.clear()

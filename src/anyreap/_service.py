@@ -114,6 +114,8 @@ class Service:
                     self.finder.also_wake_on(fd)
                     fd = self.finder.fileno()
                 self.loop.open(fd, self._drain, self._pipe.wake)
+                self.loop.start(self._serve, self._died)
+                registry.add(self)
             except BaseException:
                 _sigchld.unsubscribe(self._pipe)
                 self.finder.close()
@@ -121,8 +123,6 @@ class Service:
         except BaseException:
             self._pipe.close()
             raise
-        registry.homes.add(self)
-        self.loop.start(self._serve, self._died)
 
     def _subscribe(self, source: Literal["auto", "sigchld", "pidfd"]) -> None:
         # Warnings come first: one that was made an error must find nothing installed.
@@ -207,7 +207,7 @@ class Service:
     def release(self) -> None:
         """Put back and close everything, in an order in which nothing is used after it. Can be done twice."""
         self._stopping = self.closed = True
-        _sigchld.unsubscribe(self._pipe)  # first: from now on no handler writes into the pipe
+        unused = _sigchld.unsubscribe(self._pipe)  # first: from now on no handler writes into the pipe
         self.loop.close()
         with registry.lock:
             for watch in list(self.watches):
@@ -215,7 +215,7 @@ class Service:
                 watch.settle()
                 watch.child = None
                 self.watches.discard(watch)
-            registry.homes.discard(self)
+            registry.discard(self)
         for watch in self.groups:
             registry.let_go(watch.record, self)
         self.owned.clear()
@@ -225,7 +225,8 @@ class Service:
         if self._spawner is not None:
             self._spawner.close()
         self.finder.close()
-        self._pipe.close()
+        if unused:
+            self._pipe.close()
 
     def forked(self) -> None:
         """In a forked child: close the copies of our descriptors. What the loop knows of them is the parent's."""
@@ -268,14 +269,16 @@ class Service:
                 beat = now >= beat_at
                 if beat:
                     beat_at = now + self.heartbeat
+                    woken = self._drain() or woken  # a signal that comes in the same moment is no silence
                 self.wakeups += woken
                 await self._sweep(now, woken=woken, beat=beat)
         except Exception as exc:  # noqa: BLE001  (whatever it is, the waiting tasks must hear of it)
             self._fail(exc)
 
-    def _drain(self) -> None:
+    def _drain(self) -> bool:
         if self.source == "sigchld" or self.finder.fileno() < 0 or self.finder.drain():
-            self._pipe.drain()
+            return self._pipe.drain() > 0
+        return False
 
     async def _sweep(self, now: float, *, woken: bool, beat: bool) -> None:
         late, identities = 0, _IDENTITIES
@@ -322,7 +325,7 @@ class Service:
 
     def _died(self) -> None:
         if not self._stopping and self.failure is None:
-            self.release()  # the loop is being torn down under an open block
+            self.abandon()  # the loop is being torn down under an open block
         self._stopped.set()
 
     def _fail(self, exc: BaseException) -> None:
@@ -346,7 +349,6 @@ class Service:
         record = watch.record
         if watch.told is record.state:
             return
-        watch.told = record.state
         if watch.settled:
             watch.settle()
         self.processes.pop(watch, None)
@@ -356,6 +358,7 @@ class Service:
                 self.groups.add(watch)
             self.change()
         if not record.ended:
+            watch.told = record.state
             self.look_at_group(watch)
             return
         self.watches.discard(watch)
@@ -370,6 +373,7 @@ class Service:
                 except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                     stream.close()
                     self.exits.remove(stream)
+        watch.told = record.state  # last: what was interrupted before is done again
         self.look_at_group(watch)
 
     @property
@@ -405,7 +409,8 @@ class Service:
 
     def change(self) -> None:
         """Say that something was started or has ended."""
-        self.changed.set()
+        with contextlib.suppress(RuntimeError):  # of a loop that is gone
+            self.changed.set()
         self.changed = anyio.Event()
 
     def kick(self) -> None:

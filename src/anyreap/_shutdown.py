@@ -90,10 +90,11 @@ class Ladder:
 
     Args:
         service: The reaper.
+        leaving: What began it.
         only: End this one child and no other. Default: all.
     """
 
-    def __init__(self, service: Service, only: Watch | None = None) -> None:
+    def __init__(self, service: Service, leaving: BaseException | None, *, only: Watch | None = None) -> None:
         self._service = service
         self._loop = service.loop
         self._only = only
@@ -103,39 +104,48 @@ class Ladder:
         self._trouble: dict[int, str] = {}
         self._hurry = False
         self.interrupt: BaseException | None = None
-        # What began this may have been the cancellation of a scope. The next one says that it takes too long.
+        # The second cancellation says that it takes too long. The first one is what began this, or is still to come.
         self._cancelled = service.loop.cancelled_scopes()
-        self._patience = max(1, self._cancelled())
+        cancelled = isinstance(leaving, (KeyboardInterrupt, anyio.get_cancelled_exc_class()))
+        self._patience = self._cancelled() if cancelled else max(1, self._cancelled())
 
     async def climb(self) -> dict[int, str]:
         """End them. Shielded and bounded; returns those that outlived SIGKILL, and in what state."""
         look_at, delay = -math.inf, _LOOK_FIRST
+        due, last = -math.inf, False
         while True:
             try:
                 now = self._loop.now()
                 if now >= look_at:
                     await self._look()
                     look_at, delay = now + delay, min(delay * 2, _LOOK_LAST)
-                rest = self._rest()
-                if not rest and (self._only is not None or not self._service.starting):
+                if not self._left():
                     return {}
-                self._hurry = self._hurry or self._cancelled() > self._patience
-                due, last = self._step(rest, now)
-                if last and now >= due:
-                    return self._survivors(rest)
+                if not self._hurry and self._cancelled() > self._patience:
+                    self._hurry, due = True, -math.inf
+                if now >= due or self._service.starting:
+                    due, last = await self._step(now)
+                    if last and now >= due:
+                        return self._survivors(self._rest())
                 await self._pause(min(due, look_at, now + _COUNT))
             except self._loop.interrupts as exc:
                 self.interrupt = exc
                 self._hurry = True
-                look_at, delay = -math.inf, _LOOK_FIRST
+                look_at, delay, due = -math.inf, _LOOK_FIRST, -math.inf
+
+    def _left(self) -> bool:
+        if self._only is not None:
+            return self._only in self._service.owned or self._only in self._service.groups
+        return bool(self._service.owned or self._service.groups or self._service.starting)
 
     def _rest(self) -> list[Watch]:
         both = (*self._service.owned, *self._service.groups)
         return [watch for watch in both if self._only is None or watch is self._only]
 
-    def _step(self, rest: list[Watch], now: float) -> tuple[float, bool]:
+    async def _step(self, now: float) -> tuple[float, bool]:
         """Send what is due. Returns when there is something to do again, and whether that is to give up."""
-        for watch in rest:
+        began = time.monotonic()
+        for watch in self._rest():
             policy = watch.policy
             if watch in self._killed_at:
                 continue
@@ -148,7 +158,11 @@ class Ladder:
                 self._kill_at[watch] = now + policy.grace
                 self._send(watch, policy.signal)
                 self._send(watch, _signal.SIGCONT)
-        waiting = [self._kill_at[watch] for watch in rest if watch not in self._killed_at]
+            if time.monotonic() - began > _SLICE:
+                await self._pause(-math.inf)
+                began = time.monotonic()
+        rest = self._rest()
+        waiting = [self._kill_at.get(watch, now) for watch in rest if watch not in self._killed_at]
         if waiting:
             return min(waiting), False
         return max((self._killed_at[watch] for watch in rest), default=self._began) + KILL_BOUND, True

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 import signal
@@ -164,6 +165,7 @@ _Sigaction: Final[type[ctypes.Structure] | None] = (
 )
 
 
+@functools.cache
 def _sigaction() -> Callable[..., int] | None:
     if _Sigaction is None:
         return None
@@ -218,7 +220,7 @@ class _Installed:
         """Whether what was found looked like a Python handler to Python, and was not: it had been replaced from C."""
         if not callable(self.found) or self.action is None or self.found_action is None:
             return False
-        return bool(self.found_action.handler != self.action.handler)
+        return self.found_action.handler not in (None, _SIG_IGN, self.action.handler)
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Write one byte into each open reaper's pipe, then call the handler that was found."""
@@ -240,10 +242,6 @@ class _Installed:
 
     def remove(self) -> bool:
         """Put back what was found; False if somebody else's handler is in place, which is left to them."""
-        self.pipes = ()
-        if threading.current_thread() is not threading.main_thread():
-            return False  # a block that was thrown away is ended by whichever thread collects garbage
-        self.take_back()
         if signal.getsignal(signal.SIGCHLD) != self.handle:
             return False
         action = _disposition()
@@ -264,27 +262,31 @@ class _Installed:
         until there is a sign that nothing wakes us.
         """
         pipe = self.pipes[0]
+        self.foreign = not self._exchange(pipe)
+        self.lent = -1 if self.foreign else pipe.write_fileno()
+
+    def take_back(self, pipe: SelfPipe) -> None:
+        """Take the wakeup fd back, if ours is still set: to none, for it was lent only where there was none."""
+        self.lent = -1
+        if self._exchange(pipe):
+            signal.set_wakeup_fd(-1)
+
+    def _exchange(self, pipe: SelfPipe) -> bool:
+        """Set a pipe as the wakeup fd; False, and all as it was, if somebody's is set. At no moment is there none."""
         hinted = pipe.drain()  # of no meaning to asyncio: from before
         found = signal.set_wakeup_fd(pipe.write_fileno(), warn_on_full_buffer=False)
-        if found in (-1, self.lent) or not _set_wakeup_fd(found):
-            self.lent, self.foreign = pipe.write_fileno(), False
-        else:
-            self.lent, self.foreign = -1, True
+        ours = found == -1 or any(found == each.write_fileno() for each in (pipe, *self.pipes))
+        if not ours and not _set_wakeup_fd(found):  # closed by its owner, who did not take it back: as good as none
+            ours = True
+        if not ours:
             strays = pipe.read()
             hinted += len(strays)
-            with contextlib.suppress(OSError):
-                os.write(found, strays.replace(b"\0", b""))
+            if strays := strays.replace(b"\0", b""):
+                with contextlib.suppress(OSError):
+                    os.write(found, strays)
         if hinted:
             pipe.wake()
-
-    def take_back(self) -> None:
-        """Take the wakeup fd back, if ours is still set: to none, for it was lent only where there was none."""
-        if self.lent < 0:
-            return
-        lent, self.lent = self.lent, -1
-        found = signal.set_wakeup_fd(-1)
-        if found not in (-1, lent):
-            _set_wakeup_fd(found)
+        return ours
 
 
 def _set_wakeup_fd(fd: int) -> bool:
@@ -295,6 +297,7 @@ def _set_wakeup_fd(fd: int) -> bool:
     return True
 
 
+_SIG_IGN: Final = 1
 _C_HANDLER: Final = (
     "a handler that was installed from C is in place, which Python can neither chain nor see: write source='pidfd'"
 )
@@ -364,18 +367,26 @@ def subscribe(pipe: SelfPipe, *, lend: bool) -> None:
         installed.lend()
 
 
-def unsubscribe(pipe: SelfPipe) -> None:
-    """Take a pipe out again, in any order; the last one puts back what the first one found."""
+def unsubscribe(pipe: SelfPipe) -> bool:
+    """Take a pipe out again, in any order; the last one puts back what the first one found.
+
+    Returns:
+        Whether the pipe can be closed. Not if this is the wrong thread to take it back as the wakeup fd: a block that
+        was thrown away is ended by whichever thread collects garbage. Then the next reaper puts things right.
+    """
     installed = _installed
     if installed is None or pipe not in installed.pipes:
-        return
+        return True
     lent = installed.lent >= 0 and installed.lent == pipe.write_fileno()
     installed.pipes = tuple(other for other in installed.pipes if other is not pipe)
-    if lent and threading.current_thread() is threading.main_thread():
-        installed.take_back()
+    if threading.current_thread() is not threading.main_thread():
+        return not lent
+    if lent:
+        installed.take_back(pipe)
         if installed.pipes:
             installed.lend()
     _remove_if_unused()
+    return True
 
 
 def _remove_if_unused() -> None:
@@ -394,9 +405,11 @@ def refresh(*, late: bool) -> None:
     """
     if _installed is None or not _installed.pipes:
         return
-    if _installed.lends and (late or not _installed.foreign):
+    if _installed.lends:
         _installed.lend()
-    if late and not _installed.in_place():
+    if _installed.in_place():
+        signal.siginterrupt(signal.SIGCHLD, False)  # noqa: FBT003  (who sets it back, as trio does, clears SA_RESTART)
+    elif late:
         _warn_replaced()
 
 
@@ -443,7 +456,8 @@ def install_handler(fd: int) -> int:
         The wakeup fd that was in place before the call, -1 for none.
 
     Raises:
-        ValueError: The fd is not open, or is blocking, or this is not the main thread. Nothing was installed.
+        ValueError: The fd is blocking, or this is not the main thread. Nothing was installed.
+        OSError: The fd is not open. Nothing was installed.
 
     Example:
         ```python
@@ -509,11 +523,12 @@ def forked() -> None:
     global _installed, _wakeup
     (ours, _), _wakeup = _wakeup, (-1, -1)
     installed, _installed = _installed, None
-    if ours != -1:
+    mine = {-1, ours, -1 if installed is None else installed.lent}
+    if mine != {-1}:
         # A wakeup fd that the parent still reads is no place for this process's signals.
         found = signal.set_wakeup_fd(-1)
-        if found not in (-1, ours):
-            signal.set_wakeup_fd(found)
+        if found not in mine:
+            _set_wakeup_fd(found)
     if installed is not None:
         pipes = installed.pipes
         installed.remove()

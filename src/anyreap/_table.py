@@ -147,7 +147,7 @@ class Table(Generic[_W]):
         """Note how a child ended that has been collected. Returns who has to be told."""
         if record.ended:
             return []
-        if record.state is State.RUNNING:
+        if record.state is State.RUNNING or status.usage is not None:  # which only the collection gives
             record.status = status
         return self._end(record, State.EXITED)
 
