@@ -15,6 +15,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add --all."""
+    parser.addoption("--all", action="store_true", help="every backend, with every source, with and without pidfds")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out, unless --all is given, what differs from another case in nothing that matters most of the time.
+
+    Without pidfds both sources go the same way, but for what wakes them: the self-pipe on trio and asyncio, and the
+    heartbeat on uvloop, stand for all.
+    """
+    if config.getoption("--all"):
+        return
+    left_out = []
+    for item in items:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        if params.get("pidfds") == "no-pidfds" and str(params.get("host")) in ("trio-pidfd", "asyncio-pidfd"):
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
+
+
 @pytest.fixture(params=harness.HOSTS, ids=str)
 def host(request: pytest.FixtureRequest) -> harness.Host:
     """Each backend with each source that works on it."""

@@ -132,11 +132,13 @@ def drop_spare() -> None:
 
 @contextlib.contextmanager
 def _moment(pid: int) -> Iterator[int]:
-    """A pidfd for a moment, on the reserve if it must be. Raises what `pidfd_open` raises."""
+    """A pidfd for a moment, on the reserve if it must be."""
     spared = False
     try:
         fd = os.pidfd_open(pid)
     except OSError as exc:
+        if exc.errno in _NO_PROCESS:
+            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH)) from exc
         if exc.errno not in _OUT_OF_FDS or _spare < 0:
             raise
         drop_spare()
@@ -246,8 +248,10 @@ def identify(pid: int, pidfd: int = -1) -> int | None:
     try:
         with _moment(pid) as fd:
             return identify(pid, fd)
-    except OSError as exc:
-        return _start_time(pid) if _numbered is False and exc.errno not in _NO_PROCESS else None
+    except ProcessLookupError:
+        return None
+    except OSError:
+        return _start_time(pid) if _numbered is False else None
 
 
 def _pidfds_numbered(pidfd: int) -> bool | None:
@@ -304,12 +308,8 @@ def send(pid: int, pidfd: int, identity: int | None, signum: int) -> bool:
             elif identify(pid, fd) != identity:
                 return False
             return _send_through(fd, signum)
-    except ChildProcessError:
+    except (ChildProcessError, ProcessLookupError):
         return False
-    except OSError as exc:
-        if exc.errno in _NO_PROCESS:
-            return False
-        raise
 
 
 def _send_by_number(pid: int, identity: int | None, signum: int) -> bool:

@@ -223,21 +223,40 @@ _UNSUPPORTED: Final = {
 _PASSED: Final = frozenset({"executable", "close_fds", "restore_signals", "pipesize"})
 
 
-def options_for(shutdown: Shutdown, given: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+# The parameters of open_process, and what they are if they are not given.
+_DEFAULTS: Final[dict[str, Any]] = {
+    "stdin": subprocess.PIPE,
+    "stdout": subprocess.PIPE,
+    "stderr": subprocess.PIPE,
+    "cwd": None,
+    "env": None,
+    "startupinfo": None,
+    "creationflags": 0,
+    "start_new_session": False,
+    "process_group": None,
+    "pass_fds": (),
+    "user": None,
+    "group": None,
+    "extra_groups": None,
+    "umask": -1,
+}
+
+
+def options_for(shutdown: Shutdown, given: dict[str, Any]) -> dict[str, Any]:
     """Turn the parameters of `open_process` into those of `subprocess.Popen`.
 
     Raises:
         TypeError: One that can't be supported, or that nobody knows.
         ValueError: A group is to be shut down, and the child would not lead one.
     """
-    for name in more:
+    for name in given:
         if name in _UNSUPPORTED:
             msg = f"{name} is not supported: {_UNSUPPORTED[name]}"
             raise TypeError(msg)
-        if name not in _PASSED:
-            msg = f"open_process() got an unexpected keyword argument {name!r}"
+        if name not in _PASSED and name not in _DEFAULTS:
+            msg = f"got an unexpected keyword argument {name!r}"
             raise TypeError(msg)
-    options = {**given, **more}
+    options = {**_DEFAULTS, **given}
     if options.pop("startupinfo") is not None or options.pop("creationflags"):
         msg = "startupinfo and creationflags are for Windows, where anyreap does not run"
         raise TypeError(msg)
@@ -252,8 +271,14 @@ def options_for(shutdown: Shutdown, given: dict[str, Any], more: dict[str, Any])
     return options
 
 
-async def start_process(service: Service, command: Any, policy: Shutdown, options: dict[str, Any]) -> Process:
-    """Start a child, and own it. If it is cancelled, nothing that was started goes on."""
+async def start_process(
+    service: Service, command: Any, policy: Shutdown, options: dict[str, Any], *, patient: bool
+) -> Process:
+    """Start a child, and own it.
+
+    If it is cancelled, a child that is being started is killed when it is there. A patient one waits for that child,
+    and ends it by its policy, before it lets the cancellation go on.
+    """
     await anyio.lowlevel.checkpoint_if_cancelled()
     if isinstance(command, os.PathLike):
         command = os.fspath(command)
@@ -279,7 +304,13 @@ async def start_process(service: Service, command: Any, policy: Shutdown, option
         raise
     try:
         await start.done.wait()
-    except BaseException:
+    except BaseException as exc:
+        if patient:
+            with anyio.CancelScope(shield=True), contextlib.suppress(*service.loop.interrupts):
+                await start.done.wait()
+                if made:
+                    await made[0]._end(exc)
+                raise
         # A start can't be called back. Whoever comes last kills the child: the loop when it takes it over, or we here.
         # The reaper owns it, collects it, and is not left before.
         start.abandoned = True

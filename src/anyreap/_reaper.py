@@ -306,30 +306,29 @@ class Reaper:
                     return await process.stdout.receive()
             ```
         """
+        given = {
+            "stdin": stdin,
+            "stdout": stdout,
+            "stderr": stderr,
+            "cwd": cwd,
+            "env": env,
+            "startupinfo": startupinfo,
+            "creationflags": creationflags,
+            "start_new_session": start_new_session,
+            "process_group": process_group,
+            "pass_fds": pass_fds,
+            "user": user,
+            "group": group,
+            "extra_groups": extra_groups,
+            "umask": umask,
+        }
+        return await self._start(command, shutdown, {**given, **popen}, patient=False)
+
+    async def _start(self, command: Any, shutdown: Shutdown | None, given: dict[str, Any], *, patient: bool) -> Process:
         _check_policy(shutdown)
-        policy = shutdown or self._service.shutdown
         self._check_owns()
-        options = options_for(
-            policy,
-            {
-                "stdin": stdin,
-                "stdout": stdout,
-                "stderr": stderr,
-                "cwd": cwd,
-                "env": env,
-                "startupinfo": startupinfo,
-                "creationflags": creationflags,
-                "start_new_session": start_new_session,
-                "process_group": process_group,
-                "pass_fds": pass_fds,
-                "user": user,
-                "group": group,
-                "extra_groups": extra_groups,
-                "umask": umask,
-            },
-            popen,
-        )
-        return await start_process(self._service, command, policy, options)
+        policy = shutdown or self._service.shutdown
+        return await start_process(self._service, command, policy, options_for(policy, given), patient=patient)
 
     async def run_process(
         self,
@@ -390,11 +389,10 @@ class Reaper:
             if stdin is not None:
                 msg = "only one of stdin and input is allowed"
                 raise ValueError(msg)
+            memoryview(input).release()  # a TypeError for what can't be sent, before anything is started
             stdin = subprocess.PIPE
-        process = await self.open_process(
-            command, stdin=stdin, stdout=stdout, stderr=stderr, shutdown=shutdown, **options
-        )
-        return await run(process, input, check=check)
+        given = {"stdin": stdin, "stdout": stdout, "stderr": stderr, **options}
+        return await run(await self._start(command, shutdown, given, patient=True), input, check=check)
 
     def _check_owns(self) -> None:
         self._service.check_use()

@@ -16,6 +16,8 @@ it whether or not the task that asked is still there; and where the loop is gone
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import threading
@@ -50,9 +52,12 @@ class Start:
         theirs: list[int] = []
         try:
             options = dict(self.options)
+            size = options.pop("pipesize", -1)
             for name, read_is_ours in (("stdin", False), ("stdout", True), ("stderr", True)):
                 if options[name] == subprocess.PIPE:
                     read, write = os.pipe()
+                    if size > 0 and hasattr(fcntl, "F_SETPIPE_SZ"):
+                        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, size)
                     self.pipes[name] = read if read_is_ours else write
                     options[name] = write if read_is_ours else read
                     theirs.append(options[name])
@@ -106,10 +111,10 @@ class Spawner:
         thread = threading.Thread(target=self._work, name=f"anyreap spawner {len(self._threads) + 1}", daemon=True)
         try:
             thread.start()
-        except RuntimeError:  # no thread can be had (EAGAIN); one that there is will come to it
+        except RuntimeError as exc:  # no thread can be had; one that there is will come to it
             if not self._threads:
                 self._starts.remove(start)
-                raise
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from exc
         else:
             self._threads.append(thread)
 

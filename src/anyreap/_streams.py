@@ -56,7 +56,8 @@ class PipeReceiveStream(_Pipe, anyio.abc.ByteReceiveStream):
         if max_bytes < 1:
             msg = "max_bytes must be a positive integer"
             raise ValueError(msg)
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        # The checkpoint comes first, and nothing is awaited once there is data: no cancellation can take it away.
+        await anyio.lowlevel.checkpoint()
         self._begin("reading from")
         try:
             while True:
@@ -72,7 +73,6 @@ class PipeReceiveStream(_Pipe, anyio.abc.ByteReceiveStream):
             self._busy = False
         if not data:
             raise anyio.EndOfStream
-        await anyio.lowlevel.cancel_shielded_checkpoint()
         return data
 
 
@@ -81,7 +81,7 @@ class PipeSendStream(_Pipe, anyio.abc.ByteSendStream):
 
     async def send(self, item: bytes) -> None:
         """Send all of it. See `anyio.abc.ByteSendStream.send`. If it is cancelled, a part may have been sent."""
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        await anyio.lowlevel.checkpoint()
         self._begin("writing to")
         try:
             with memoryview(item) as whole:
@@ -99,4 +99,3 @@ class PipeSendStream(_Pipe, anyio.abc.ByteSendStream):
                         break
         finally:
             self._busy = False
-        await anyio.lowlevel.cancel_shielded_checkpoint()
