@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import pytest
 
@@ -45,8 +45,7 @@ class Stage(harness.Gate):
             (os.POSIX_SPAWN_DUP2, self._say, 3),
         ]
         pids = [
-            os.posix_spawn(harness.SHELL, ["sh", "-c", script], os.environ, file_actions=actions)
-            for _ in range(count)
+            os.posix_spawn(harness.SHELL, ["sh", "-c", script], os.environ, file_actions=actions) for _ in range(count)
         ]
         self.pids += pids
         said = 0
@@ -66,7 +65,7 @@ class Stage(harness.Gate):
                 os.close(fd)
         self._said = self._say = -1
 
-    def __enter__(self) -> Stage:
+    def __enter__(self) -> Self:
         return self
 
 
@@ -101,8 +100,8 @@ def pid_of(pidfd: int) -> int:
     return int(found[1])
 
 
-# What is seized with this stops once more on its way out, or, killed, stays a zombie that its parent can't collect until
-# the tracer has: `man 2 ptrace`.
+# What is seized, and killed, stays a zombie that its parent can't collect before the tracer has, or is gone:
+# `man 2 ptrace`.
 _TRACER = """
 import ctypes, sys
 ptrace = ctypes.CDLL(None, use_errno=True).ptrace
@@ -136,7 +135,7 @@ class Held:
         """Let it go, and wait for the tracer's end: from then on the kernel shows the child's to its parent."""
         self._tracer.communicate()
 
-    def __enter__(self) -> Held:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -154,7 +153,5 @@ on_asyncio = pytest.mark.parametrize("host", asyncio_hosts(), ids=str, indirect=
 """Run a test on the loops of asyncio only."""
 
 # What takes long, and differs little from loop to loop.
-on_two_hosts = pytest.mark.parametrize(
-    "host", [harness.HOSTS[0], harness.HOSTS[3]], ids=str, indirect=True
-)
+on_two_hosts = pytest.mark.parametrize("host", [harness.HOSTS[0], harness.HOSTS[3]], ids=str, indirect=True)
 """Run a test on trio with SIGCHLD, and on asyncio with pidfds."""
