@@ -480,7 +480,8 @@ class _Block:
                 service.open(self._source)
                 self._service = service
         except BaseException:
-            service.release()
+            if self._service is not None:  # opened, and interrupted right after; else it undid itself
+                service.release()
             raise
         return Reaper._of(service)
 
