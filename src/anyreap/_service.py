@@ -209,6 +209,8 @@ class Service:
         self._stopping = self.closed = True
         unused = _sigchld.unsubscribe(self._pipe)  # first: from now on no handler writes into the pipe
         self.loop.close()
+        for watch in list(self.groups):  # while it is watched: a leader that was held is collected now
+            registry.let_go(watch.record, self)
         with registry.lock:
             for watch in list(self.watches):
                 registry.leave(watch.record, watch)
@@ -216,8 +218,6 @@ class Service:
                 watch.child = None
                 self.watches.discard(watch)
             registry.discard(self)
-        for watch in self.groups:
-            registry.let_go(watch.record, self)
         self.owned.clear()
         self.groups.clear()
         while self.exits:
@@ -276,6 +276,8 @@ class Service:
             self._fail(exc)
 
     def _drain(self) -> bool:
+        if self.closed:  # the block was thrown away, and this is the last time that the service is woken
+            return False
         if self.source == "sigchld" or self.finder.fileno() < 0 or self.finder.drain():
             return self._pipe.drain() > 0
         return False

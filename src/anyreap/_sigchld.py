@@ -261,15 +261,20 @@ class _Installed:
         `warn_on_full_buffer` that asyncio gives it, which can't be read either; hence it is not looked for again
         until there is a sign that nothing wakes us.
         """
-        pipe = self.pipes[0]
+        pipe = next((pipe for pipe in self.pipes if pipe.is_intact()), None)
+        if pipe is None:  # somebody closed it, and its owner has not noticed yet
+            return
         self.foreign = not self._exchange(pipe)
         self.lent = -1 if self.foreign else pipe.write_fileno()
 
     def take_back(self, pipe: SelfPipe) -> None:
         """Take the wakeup fd back, if ours is still set: to none, for it was lent only where there was none."""
         self.lent = -1
-        if self._exchange(pipe):
-            signal.set_wakeup_fd(-1)
+        if pipe.is_intact():
+            if self._exchange(pipe):
+                signal.set_wakeup_fd(-1)
+        elif (found := signal.set_wakeup_fd(-1)) not in (-1, pipe.write_fileno()):  # it can't be set any more
+            _set_wakeup_fd(found)
 
     def _exchange(self, pipe: SelfPipe) -> bool:
         """Set a pipe as the wakeup fd; False, and all as it was, if somebody's is set. At no moment is there none."""
