@@ -90,7 +90,10 @@ def stray() -> Iterator[list[int]]:
 @pytest.mark.parametrize("leads", ["by default", "process_group", "start_new_session"])
 async def test_group_is_ended(source: Any, pidfds: bool, leads: str) -> None:
     """A child with two descendants in its group is ended with both (K14, field bug 56)."""
-    options: dict[str, dict[str, Any]] = {"process_group": {"process_group": 0}, "start_new_session": {"start_new_session": True}}
+    options: dict[str, dict[str, Any]] = {
+        "process_group": {"process_group": 0},
+        "start_new_session": {"start_new_session": True},
+    }
     with anyio.fail_after(BOUND), anyio.CancelScope() as scope:
         async with open_reaper(source) as reaper:
             process, members = await started(reaper, f"{OBEDIENT} {OBEDIENT} wait", 2, **options.get(leads, {}))

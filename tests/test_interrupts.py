@@ -59,11 +59,6 @@ def leaves(exc):
         return [leaf for each in exc.exceptions for leaf in leaves(each)]
     return [exc]
 
-def interrupted(exc):
-    return isinstance(exc, KeyboardInterrupt) or exc is not None and (
-        interrupted(exc.__context__) or any(map(interrupted, getattr(exc, "exceptions", ())))
-    )
-
 def changed(before):
     # What is left in reference cycles of the loop that was interrupted goes with the collector.
     after = look()
@@ -179,15 +174,11 @@ twice = 0
 for number in range(ROUNDS):
     delay = 1e-6 + rng.random() ** 2 * 0.03
     second = rng.random() ** 2 * 0.005 + 1e-6 if TWICE else None
-    # One that lands inside of a task group of anyio on asyncio leaves that one broken, and all around it.
-    nursery = bool(number % 2) and not (TWICE and BACKEND == "asyncio")
+    nursery = bool(number % 2)
     what = f"round {number}: {delay=} {nursery=} {second=}"
     caught = one(delay, second, nursery, number)
     twice += hits > 1
-    if BACKEND == "trio" or hits < 2:
-        kinds = {type(leaf) for leaf in leaves(caught)}
-    else:  # the second one may land in a loop or in anyio, which then raise what they like on top
-        kinds = {KeyboardInterrupt if interrupted(caught) else type(caught)}
+    kinds = {type(leaf) for leaf in leaves(caught)}
     if kinds != {KeyboardInterrupt} or not (nursery or hits > 1 or type(caught) is KeyboardInterrupt):
         print(what, file=sys.stderr)
         raise caught or AssertionError
@@ -219,7 +210,10 @@ def test_interrupted_at_random(host: Host) -> None:
     assert rounds(host, 200, twice=False) == "fine\n"
 
 
-@pytest.mark.parametrize("host", HOSTS, ids=str)
+# Not on asyncio: the second one is a bare KeyboardInterrupt there, which may land between two lines of asyncio itself.
+# That drops the next step of a task, and asyncio.run() waits for it for ever, whoever runs on it. What a bare one does
+# inside of anyreap is tested point by point, below.
+@pytest.mark.parametrize("host", [host for host in HOSTS if host.backend == "trio"], ids=str)
 def test_interrupted_twice_at_random(host: Host) -> None:
     """A second Ctrl-C soon after the first, in most cases while the block shuts down, leaves nothing behind either
     (promise 1, field bug 50).

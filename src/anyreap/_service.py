@@ -43,6 +43,9 @@ _SLICE: Final = 0.002
 # is what a reaper with thousands of them costs while nothing happens.
 _IDENTITIES: Final = 2000
 
+# How often a block that is being left looks whether its service task has ended, should nothing say so, in seconds.
+_LOOK: Final = 0.25
+
 # How long a block that is thrown away blocks for its killed children, in seconds.
 _ABANDON: Final = 1.0
 
@@ -169,9 +172,9 @@ class Service:
         interrupt: BaseException | None = None
         self._stopping = True
         self.loop.kick()
-        while not self._stopped.is_set():
+        while not (self._stopped.is_set() or self.loop.ended()):
             try:
-                with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True, deadline=self.loop.now() + _LOOK):
                     await self._stopped.wait()
             except self.loop.interrupts as exc:
                 interrupt = exc

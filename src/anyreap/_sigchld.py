@@ -211,7 +211,6 @@ class _Installed:
         self.plain = False  # wanted by install_handler, which has no pipe of ours
         self.lent = -1
         self.lends = False
-        self.foreign = False
         signal.signal(signal.SIGCHLD, self.handle)
         signal.siginterrupt(signal.SIGCHLD, False)  # noqa: FBT003  (it takes no keyword)
         self.action = _disposition()
@@ -264,8 +263,7 @@ class _Installed:
         pipe = next((pipe for pipe in self.pipes if pipe.is_intact()), None)
         if pipe is None:  # somebody closed it, and its owner has not noticed yet
             return
-        self.foreign = not self._exchange(pipe)
-        self.lent = -1 if self.foreign else pipe.write_fileno()
+        self.lent = pipe.write_fileno() if self._exchange(pipe) else -1
 
     def take_back(self, pipe: SelfPipe) -> None:
         """Take the wakeup fd back, if ours is still set: to none, for it was lent only where there was none."""
@@ -484,7 +482,7 @@ def install_handler(fd: int) -> int:
         _installed = _installed or _Installed()
         _installed.plain = True
         if found == _installed.lent:  # a reaper's, lent because there was none: now there is one
-            _installed.lent, _installed.foreign, found = -1, True, -1
+            _installed.lent = found = -1
         _wakeup = (fd, _wakeup[1] if plain else found)
         return found
     if not plain or _installed is None:
