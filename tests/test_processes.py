@@ -230,11 +230,13 @@ async def test_where_input_and_output_go(reaper: anyreap.Reaper, tmp_path: Path,
     os.write(gate.write, b"def\n")
     gate.open()
     done = await reaper.run_process("cat; echo ghi >&2", stdin=gate.read, stderr=STDOUT)
-    both: tuple[Any, Any] = (done.stdout, done.stderr)
-    assert both == (b"def\nghi\n", None)
+    assert _written(done) == (b"def\nghi\n", None)
     done = await reaper.run_process(["/bin/cat"], stdin=DEVNULL, stdout=DEVNULL)
-    both = (done.stdout, done.stderr)
-    assert both == (None, b"")
+    assert _written(done) == (None, b"")
+
+
+def _written(done: Any) -> tuple[Any, Any]:
+    return done.stdout, done.stderr
 
 
 async def test_input_and_output_are_ours(reaper: anyreap.Reaper, capfd: pytest.CaptureFixture[str]) -> None:
