@@ -354,17 +354,28 @@ async def test_cancelled_close_ends_the_group(source: Any, pidfds: bool) -> None
     assert gone(others)
 
 
-async def test_run_process_ends_the_members(source: Any, pidfds: bool) -> None:
+async def test_run_process_ends_the_members(source: Any, pidfds: bool, gate: Gate) -> None:
     """`run_process` ends the members that its child left behind; when it is cancelled, the whole group."""
     read, write = os.pipe()
     member = f"sh -c 'echo $$ >/dev/fd/{write}; exec sleep 3600' &"
     with anyio.fail_after(BOUND):
         async with open_reaper(source) as reaper:
-            done = await reaper.run_process(
-                ["/bin/sh", "-c", f"{member} exit 0"], pass_fds=[write], stdout=None, stderr=subprocess.DEVNULL
-            )
+            script = f"{member} read x </dev/fd/{gate.read}; exit 0"
+
+            async def let_go() -> None:
+                await anyio.wait_readable(read)  # the member is there
+                gate.open()
+
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(let_go)
+                done = await reaper.run_process(
+                    ["/bin/sh", "-c", script],
+                    pass_fds=[write, gate.read],
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
             assert done.returncode == 0
-            assert gone(int(os.read(read, 10) or "1"))
+            assert gone(int(os.read(read, 10)))
 
             async def cancel() -> None:
                 await anyio.wait_readable(read)

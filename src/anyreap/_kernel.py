@@ -25,7 +25,7 @@ import sys
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 _LINUX: Final = sys.platform == "linux"
 
@@ -393,26 +393,31 @@ def send_group(pgid: int, pidfd: int, identity: int | None, signum: int) -> bool
     return True
 
 
-def live_members(pgid: int) -> list[int]:
-    """The pids of the members of a process group that are alive.
+def live_members(pgids: Collection[int]) -> dict[int, list[int]]:
+    """The pids of the members of process groups that are alive, by group; groups without one are left out.
 
     Read from /proc, because a signal that can be sent proves nothing: it can be to a zombie (`man 2 kill`), and one
     whose parent never collects it would keep the group "alive" for ever. Where there is no such /proc it has to do.
+    All groups in one go, and a file is opened for their members only: it is a walk over the whole machine.
     """
     if not _LINUX:
-        return [pgid]
-    found = []
-    for name in os.listdir("/proc"):
+        return {pgid: [pgid] for pgid in pgids}
+    found: dict[int, list[int]] = {}
+    for name in os.listdir("/proc") if pgids else ():
         if name.isdigit():
-            fields = stat_fields(int(name))
-            if len(fields) > 17 and int(fields[2]) == pgid and _lives(fields):
-                found.append(int(name))
+            pid = int(name)
+            try:
+                pgid = os.getpgid(pid)
+            except OSError:
+                continue
+            if pgid in pgids and _lives(stat_fields(pid)):
+                found.setdefault(pgid, []).append(pid)
     return found
 
 
 def _lives(fields: list[str]) -> bool:
     # A process whose first thread has ended is in state Z too while its others run: it has more than one then.
-    return fields[0] not in "ZXx" or int(fields[17]) > 1
+    return len(fields) > 17 and (fields[0] not in "ZXx" or int(fields[17]) > 1)
 
 
 def leads_group(pid: int) -> bool:

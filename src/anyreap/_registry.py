@@ -26,6 +26,7 @@ from anyreap._status import ExitStatus
 from anyreap._table import Keeper, Record, State, Table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from multiprocessing.process import BaseProcess
 
     from anyreap._finder import Finder
@@ -376,13 +377,21 @@ class Registry:
                 return False  # collected by somebody else: the number may be anybody's
             return _kernel.send_group(record.pid, record.pidfd, record.identity, signum)
 
-    def survivors(self, record: Record[Link]) -> list[int]:
-        """The pids of the live members of a child's group, or what is left of it that can be proved to be its."""
+    def survivors(self, records: Iterable[Record[Link]]) -> dict[Record[Link], list[int]]:
+        """The pids of the live members of children's groups, of what is left of them that can be proved to be theirs.
+
+        A group without one is left out.
+        """
         with self.lock:
-            try:
-                return _kernel.live_members(record.pid) if self.send_group(record, 0) else []
-            except PermissionError:
-                return _kernel.live_members(record.pid)
+            there = [record for record in records if self._group_is_there(record)]
+            alive = _kernel.live_members({record.pid for record in there})
+            return {record: alive[record.pid] for record in there if record.pid in alive}
+
+    def _group_is_there(self, record: Record[Link]) -> bool:
+        try:
+            return self.send_group(record, 0)
+        except PermissionError:
+            return True
 
     def let_go(self, record: Record[Link], by: Home) -> None:
         """Its group is gone, given up: collect a leader that was held, close a pidfd that was kept."""

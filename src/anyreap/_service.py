@@ -99,7 +99,7 @@ class Service:
         self.changed = anyio.Event()
         self.exits: list[MemoryObjectSendStream[ExitStatus]] = []
         self.reaped = self.lost = self.wakeups = self.late = 0
-        self._stopping = self._broken = False
+        self._stopping = self._broken = self._left_behind = False
         self._stopped = anyio.Event()
         self._inbox: deque[Watch] = deque()
 
@@ -305,9 +305,9 @@ class Service:
                     return
                 began = time.monotonic()
         if beat:
-            for watch in list(self.groups):
-                self.look_at_group(watch)
             self._check_pipe()
+        if beat or self._left_behind:
+            self.look_at_groups()
         self.late += late
         if beat and self.source == "sigchld":
             _sigchld.refresh(late=late > 0)
@@ -361,10 +361,10 @@ class Service:
             self.owned.discard(watch)
             if record.group:
                 self.groups.add(watch)
+                self._left_behind = True
             self.change()
         if not record.ended:
             watch.told = record.state
-            self.look_at_group(watch)
             return
         self.watches.discard(watch)
         watch.child = None
@@ -379,7 +379,6 @@ class Service:
                     stream.close()
                     self.exits.remove(stream)
         watch.told = record.state  # last: what was interrupted before is done again
-        self.look_at_group(watch)
 
     @property
     def spawner(self) -> Spawner:
@@ -393,12 +392,15 @@ class Service:
         for process in list(self.processes.values()):
             process.close_pipes()
 
-    def look_at_group(self, watch: Watch) -> None:
-        """Let go of the group that an ended child has led, if nobody in it is alive."""
-        if watch in self.groups and not registry.survivors(watch.record):
-            self.groups.discard(watch)
-            registry.let_go(watch.record, self)
-            self.change()
+    def look_at_groups(self) -> None:
+        """Let go of the groups that ended children have led, if nobody in them is alive."""
+        self._left_behind = False
+        alive = registry.survivors([watch.record for watch in self.groups])
+        for watch in list(self.groups):
+            if watch.record not in alive:
+                self.groups.discard(watch)
+                registry.let_go(watch.record, self)
+                self.change()
 
     def own(self, watch: Watch, policy: Shutdown | None) -> None:
         """Own a child, under a policy; None: the one that it has, or that of the reaper."""

@@ -151,7 +151,7 @@ class Ladder:
                 continue
             if self._hurry or policy.grace == 0 or now >= self._kill_at.get(watch, math.inf):
                 # It may have ended in time without having been seen: then there is nobody to kill.
-                self._look_at(watch)
+                registry.check(watch.record, self._service, thorough=True)
                 self._send(watch, _signal.SIGKILL)
                 self._killed_at[watch] = now
             elif watch not in self._kill_at:
@@ -175,17 +175,14 @@ class Ladder:
         except OSError as exc:  # EPERM: another user's by now. It may end by itself, and is named if it does not
             self._trouble[watch] = f"signal {signum} could not be sent: {exc.strerror}"
 
-    def _look_at(self, watch: Watch) -> None:
-        registry.check(watch.record, self._service, thorough=True)
-        self._service.look_at_group(watch)
-
     async def _look(self) -> None:
         began = time.monotonic()
         for watch in self._rest():
-            self._look_at(watch)
+            registry.check(watch.record, self._service, thorough=True)
             if time.monotonic() - began > _SLICE:
                 await self._pause(-math.inf)
                 began = time.monotonic()
+        self._service.look_at_groups()
 
     async def _pause(self, until: float) -> None:
         """Wait until a time, or until a child has ended. Only what no shield keeps off comes through."""
@@ -194,11 +191,10 @@ class Ladder:
 
     def _survivors(self, rest: list[Watch]) -> dict[int, str]:
         seen: dict[int, str] = {}
+        members = registry.survivors(watch.record for watch in rest if watch.policy.scope == "group")
         for watch in rest:
             pids = set() if watch.record.status is not None else {watch.record.pid}
-            if watch.policy.scope == "group":
-                pids.update(registry.survivors(watch.record))
-            for pid in pids:
+            for pid in pids.union(members.get(watch.record, ())):
                 seen[pid] = ", ".join(filter(None, (_state(pid), self._trouble.get(watch))))
         return dict(sorted(seen.items()))
 
