@@ -25,8 +25,8 @@ help: ## list these commands
 demo: $(VENV)/.group-demo ## run examples/demo.py
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.group-test ## run the tests; ARGS go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.group-test ## run the tests, in two processes; with ARGS: run pytest with these
+	$(BIN)/python tests/run.py $(ARGS)
 
 check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must pass, fast things first
 	$(BIN)/ruff format --check $(CODE)
