@@ -327,6 +327,46 @@ def test_a_signal_at_every_poll(host: Host) -> None:
     )
 
 
+def test_calls_that_are_interrupted(host: Host) -> None:
+    """G8: system calls that return EINTR, each kind three times in a row, are called again, and nobody notices."""
+    _strace()
+    done = run_alone(
+        """
+        import ctypes
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_long(-1), 0, 0, 0)  # PR_SET_PTRACER: yama may ask for it
+        KINDS = ("waitid", "wait4", "epoll_wait,epoll_pwait,epoll_pwait2", "read", "write")
+
+        def attach(calls):
+            inject = f"trace={calls} -e inject={calls}:error=EINTR:when=1..3"
+            command = f"strace -o /dev/stderr -p {os.getpid()} -e {inject}"
+            tracer = subprocess.Popen(command.split(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            while "attached" not in tracer.stderr.readline():
+                pass
+            return tracer
+
+        async def main():
+            async with anyreap.open_reaper(source=SOURCE, heartbeat=3600) as reaper:
+                await reaper.run_process(["/bin/true"])
+                for calls in KINDS:
+                    tracer = attach(calls)
+                    with anyio.fail_after(20):
+                        for code in range(5):
+                            assert (await reaper.wait(exits_with(code))).exit_code == code
+                        done = await reaper.run_process(["/bin/cat"], input=b"a" * 100_000)
+                        assert done.stdout == b"a" * 100_000
+                    tracer.send_signal(signal.SIGINT)  # it detaches
+                    print(calls, tracer.communicate()[1].count("(INJECTED)"))
+        run(main)
+        assert not children()
+        """,
+        host,
+        flags=(),
+    )
+    seen = dict(line.split() for line in done.stdout.splitlines())
+    assert len(seen) == 5
+    assert all(int(times) >= 3 for times in seen.values()), seen
+
+
 STORM = """
 import os, sys, time
 pid = int(sys.argv[1])

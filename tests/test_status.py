@@ -173,6 +173,32 @@ async def test_core_dumped(source: Any, limit: str, tmp_path: Path) -> None:
     assert collect(pid) == -signal.SIGABRT
 
 
+MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    """A cgroup (version 1) that allows its members 16 MiB."""
+    cgroup = MEMORY_CGROUPS / f"anyreap-test-{os.getpid()}"
+    try:
+        cgroup.mkdir()
+        (cgroup / "memory.limit_in_bytes").write_text(str(16 << 20))
+    except OSError as exc:
+        pytest.skip(f"no memory cgroup can be made here: {exc}")
+    yield cgroup
+    cgroup.rmdir()
+
+
+async def test_killed_by_the_oom_killer(source: Any, little_memory: Path) -> None:
+    """D9: a child that the kernel kills for its memory was killed by SIGKILL."""
+    greedy = f"open({str(little_memory / 'cgroup.procs')!r}, 'w').write('0'); b'x' * (256 << 20)"
+    async with anyreap.open_reaper(source=source, heartbeat=3600) as reaper:
+        with anyio.fail_after(20):
+            done = await reaper.run_process([sys.executable, "-ISc", greedy], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert done.stderr == b""
+
+
 # More than this process has: what a child has used begins with what it was forked from (`man 2
 # getrusage`).
 MEMORY = 300 << 20
