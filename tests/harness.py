@@ -247,6 +247,7 @@ import faulthandler, gc, os, signal, subprocess, sys, threading, warnings
 faulthandler.dump_traceback_later({limit}, exit=True)
 import anyio, anyio.lowlevel
 import anyreap
+from tests import broken
 from tests.harness import *
 BACKEND, OPTIONS, SOURCE = {backend!r}, {options!r}, {source!r}
 def run(main, *args):
