@@ -163,9 +163,14 @@ def leaves_its_handler() -> None:
 @breakage
 def forked_children_share_the_pipe() -> None:
     """Do nothing about a fork."""
+
+    def handle(self: Any, signum: int, frame: Any) -> None:
+        for pipe in self.pipes:
+            pipe.wake()
+
     _sigchld.forked = lambda: None
     _service.Service.forked = lambda self: None  # type: ignore[method-assign]
-    _sigchld._Installed.handle = lambda self, signum, frame: [pipe.wake() for pipe in self.pipes] and None  # type: ignore[method-assign, assign]
+    _sigchld._Installed.handle = handle  # type: ignore[method-assign]
 
 
 if name := os.environ.get("ANYREAP_BROKEN"):
