@@ -38,9 +38,9 @@ class Host(NamedTuple):
         return f"{name}-{self.source}"
 
 
-TRIO = ("trio", {})
-ASYNCIO = ("asyncio", {"use_uvloop": False})
-UVLOOP = ("asyncio", {"use_uvloop": True})
+TRIO: tuple[str, dict[str, Any]] = ("trio", {})
+ASYNCIO: tuple[str, dict[str, Any]] = ("asyncio", {"use_uvloop": False})
+UVLOOP: tuple[str, dict[str, Any]] = ("asyncio", {"use_uvloop": True})
 
 # Under uvloop the self-pipe can't work: libuv's handler and ours destroy each other.
 HOSTS = (
@@ -159,7 +159,7 @@ def end(pid: int) -> None:
 
 def children() -> set[int]:
     """The pids of all children of this process, zombies too, as the kernel lists them."""
-    found = set()
+    found: set[int] = set()
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError):  # a thread that has ended meanwhile
             found.update(map(int, Path(f"/proc/self/task/{task}/children").read_text().split()))

@@ -405,9 +405,14 @@ def live_members(pgid: int) -> list[int]:
     for name in os.listdir("/proc"):
         if name.isdigit():
             fields = stat_fields(int(name))
-            if len(fields) > 2 and fields[0] not in "ZXx" and int(fields[2]) == pgid:
+            if len(fields) > 17 and int(fields[2]) == pgid and _lives(fields):
                 found.append(int(name))
     return found
+
+
+def _lives(fields: list[str]) -> bool:
+    # A process whose first thread has ended is in state Z too while its others run: it has more than one then.
+    return fields[0] not in "ZXx" or int(fields[17]) > 1
 
 
 def leads_group(pid: int) -> bool:

@@ -110,6 +110,10 @@ class TrioLoop:
 
         self._trio.lowlevel.spawn_system_task(anyreap_service)
 
+    def ended(self) -> bool:
+        """Whether the service task has ended and can't have said so."""
+        return False
+
     def in_loop(self, call: Callable[[], None]) -> None:
         """Have something called in the loop's thread, from another one; `RuntimeError` if the loop is gone."""
         self._token.run_sync_soon(call)
@@ -222,6 +226,10 @@ class AsyncioLoop:
 
         self._service = self._loop.create_task(anyreap_service(), name="anyreap service")
         self._service.add_done_callback(done)
+
+    def ended(self) -> bool:
+        """Whether the service task has ended, also where a KeyboardInterrupt kept it from saying so."""
+        return self._service.done()
 
     def _orphaned(self) -> bool:
         # The task that opened the block has ended and left it open: an interrupt tore it down. Nobody will stop the

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import anyio
 import anyio.lowlevel
@@ -619,8 +619,24 @@ def open_reaper(
         msg = f"heartbeat is a number of seconds above 0, not {heartbeat!r}"
         raise ValueError(msg)
     _check_policy(shutdown)
-    protect_from_ki(_Block.__aenter__, _Block.__aexit__, Reaper.watch, Reaper.adopt, Child.send_signal)
+    protect_from_ki(*_PROTECTED)
     return _Block(source, shutdown, heartbeat)
+
+
+# Under trio these, and what they call, are interrupted only where they wait. What is begun here must be finished. That
+# goes for a wait too: trio's own Event.wait, interrupted between two of its lines, keeps a task that is gone, and the
+# next set() of that event, which is the service's, ends the run with a TrioInternalError.
+_PROTECTED: Final = (
+    _Block.__aenter__,
+    _Block.__aexit__,
+    Reaper.watch,
+    Reaper.adopt,
+    Reaper.open_process,
+    Reaper.run_process,
+    Child.wait,
+    Child.send_signal,
+    Process.aclose,
+)
 
 
 async def wait(child: AnyChild) -> ExitStatus:

@@ -43,6 +43,9 @@ _SLICE: Final = 0.002
 # is what a reaper with thousands of them costs while nothing happens.
 _IDENTITIES: Final = 2000
 
+# How often a block that is being left looks whether its service task has ended, should nothing say so, in seconds.
+_LOOK: Final = 0.25
+
 # How long a block that is thrown away blocks for its killed children, in seconds.
 _ABANDON: Final = 1.0
 
@@ -169,9 +172,9 @@ class Service:
         interrupt: BaseException | None = None
         self._stopping = True
         self.loop.kick()
-        while not self._stopped.is_set():
+        while not (self._stopped.is_set() or self.loop.ended()):
             try:
-                with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True, deadline=self.loop.now() + _LOOK):
                     await self._stopped.wait()
             except self.loop.interrupts as exc:
                 interrupt = exc
@@ -209,6 +212,8 @@ class Service:
         self._stopping = self.closed = True
         unused = _sigchld.unsubscribe(self._pipe)  # first: from now on no handler writes into the pipe
         self.loop.close()
+        for watch in list(self.groups):  # while it is watched: a leader that was held is collected now
+            registry.let_go(watch.record, self)
         with registry.lock:
             for watch in list(self.watches):
                 registry.leave(watch.record, watch)
@@ -216,8 +221,6 @@ class Service:
                 watch.child = None
                 self.watches.discard(watch)
             registry.discard(self)
-        for watch in self.groups:
-            registry.let_go(watch.record, self)
         self.owned.clear()
         self.groups.clear()
         while self.exits:
@@ -276,6 +279,8 @@ class Service:
             self._fail(exc)
 
     def _drain(self) -> bool:
+        if self.closed:  # the block was thrown away, and this is the last time that the service is woken
+            return False
         if self.source == "sigchld" or self.finder.fileno() < 0 or self.finder.drain():
             return self._pipe.drain() > 0
         return False

@@ -101,7 +101,7 @@ class Ladder:
         self._began = self._loop.now()
         self._kill_at: dict[Watch, float] = {}
         self._killed_at: dict[Watch, float] = {}
-        self._trouble: dict[int, str] = {}
+        self._trouble: dict[Watch, str] = {}
         self._hurry = False
         self.interrupt: BaseException | None = None
         # The second cancellation says that it takes too long. The first one is what began this, or is still to come.
@@ -173,7 +173,7 @@ class Ladder:
             if watch in self._service.owned or watch in self._service.groups:
                 send(watch.record, signum)
         except OSError as exc:  # EPERM: another user's by now. It may end by itself, and is named if it does not
-            self._trouble[watch.record.pid] = f"signal {signum} could not be sent: {exc.strerror}"
+            self._trouble[watch] = f"signal {signum} could not be sent: {exc.strerror}"
 
     def _look_at(self, watch: Watch) -> None:
         registry.check(watch.record, self._service, thorough=True)
@@ -193,17 +193,16 @@ class Ladder:
             await self._service.changed.wait()
 
     def _survivors(self, rest: list[Watch]) -> dict[int, str]:
-        pids = set()
+        seen: dict[int, str] = {}
         for watch in rest:
-            if watch.record.status is None:
-                pids.add(watch.record.pid)
+            pids = set() if watch.record.status is not None else {watch.record.pid}
             if watch.policy.scope == "group":
                 pids.update(registry.survivors(watch.record))
-        return {pid: self._state(pid) for pid in sorted(pids)}
+            for pid in pids:
+                seen[pid] = ", ".join(filter(None, (_state(pid), self._trouble.get(watch))))
+        return dict(sorted(seen.items()))
 
-    def _state(self, pid: int) -> str:
-        fields = _kernel.stat_fields(pid)
-        seen = [f"state {fields[0]}"] if fields else []
-        if pid in self._trouble:
-            seen.append(self._trouble[pid])
-        return ", ".join(seen)
+
+def _state(pid: int) -> str:
+    fields = _kernel.stat_fields(pid)
+    return f"state {fields[0]}" if fields else ""
