@@ -11,7 +11,6 @@ left; that is as structured as a nursery.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import signal
@@ -21,6 +20,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Awaitable, Callable, Iterator
 
 
@@ -31,15 +31,17 @@ def current_loop() -> TrioLoop | AsyncioLoop:
         RuntimeError: None does.
     """
     # trio first: in guest mode a trio task runs inside a callback of an asyncio loop, and is a trio task.
+    # Neither is imported here: whoever runs on one has done so, and asyncio alone takes longer than all of anyreap.
     trio = sys.modules.get("trio")
     lowlevel = getattr(trio, "lowlevel", None)  # it may be in the middle of its import, in another thread
     if lowlevel is not None and lowlevel.in_trio_task():
         return TrioLoop()
-    try:
-        return AsyncioLoop(asyncio.get_running_loop())
-    except RuntimeError:
-        msg = "a reaper is opened in a task of trio or asyncio, and no such loop runs here: trio.run(), anyio.run() ..."
-        raise RuntimeError(msg) from None
+    running = getattr(sys.modules.get("asyncio"), "get_running_loop", None)
+    with contextlib.suppress(RuntimeError):
+        if running is not None:
+            return AsyncioLoop(running())
+    msg = "a reaper is opened in a task of trio or asyncio, and no such loop runs here: trio.run(), anyio.run() ..."
+    raise RuntimeError(msg)
 
 
 def protect_from_ki(*functions: Callable[..., Any]) -> None:
@@ -161,9 +163,12 @@ class AsyncioLoop:
     """The service is a plain task, woken by one lasting `add_reader`."""
 
     lends_wakeup_fd: Final = True
-    interrupts: Final[tuple[type[BaseException], ...]] = (KeyboardInterrupt, asyncio.CancelledError)
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        import asyncio  # noqa: PLC0415  (only who runs on asyncio imports it)
+
+        self._asyncio = asyncio
+        self.interrupts: Final[tuple[type[BaseException], ...]] = (KeyboardInterrupt, asyncio.CancelledError)
         self.home: object = loop
         self._loop = loop
         self._fd = -1
@@ -259,13 +264,13 @@ class AsyncioLoop:
 
     async def checkpoint(self) -> None:
         """Let others run."""
-        await self._undisturbed(asyncio.sleep(0))
+        await self._undisturbed(self._asyncio.sleep(0))
 
     async def _undisturbed(self, awaitable: Awaitable[None]) -> None:
         # asyncio.run() cancels all tasks at its end, and so do programs, and then the block needs the service most.
         try:
             await awaitable
-        except asyncio.CancelledError:
+        except self._asyncio.CancelledError:
             if self._orphaned():
                 raise
 
@@ -279,7 +284,7 @@ class AsyncioLoop:
         """Return what counts the cancelled scopes of anyio around the calling task, up to the first shield."""
         backend = sys.modules.get("anyio._backends._asyncio")
         states = getattr(backend, "_task_states", {})
-        task = asyncio.current_task()
+        task = self._asyncio.current_task()
         state = states.get(task) if task is not None else None
         return _counter(getattr(state, "cancel_scope", None), parent="_parent_scope", scope=lambda scope: scope)
 
