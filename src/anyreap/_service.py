@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 
@@ -53,7 +53,7 @@ _ABANDON: Final = 1.0
 class Watch:
     """One reaper's share in one child: who waits for it here, and whether it is to be collected and owned."""
 
-    __slots__ = ("__weakref__", "child", "event", "home", "policy", "reap", "record", "told")
+    __slots__ = ("__weakref__", "child", "home", "parked", "policy", "reap", "record", "told")
 
     def __init__(self, record: Record[Link], home: Service, *, reap: bool) -> None:
         self.record: Final = record
@@ -62,7 +62,7 @@ class Watch:
         self.policy: Shutdown = home.shutdown
         self.told = State.RUNNING
         self.child: Child | None = None  # the handle, as long as the same one has to be returned again
-        self.event: anyio.Event | None = None  # made by the first task that waits: most children have none
+        self.parked: list[Any] = []  # the tasks that wait, see `_loop`
 
     @property
     def settled(self) -> bool:
@@ -73,9 +73,8 @@ class Watch:
 
     def settle(self) -> None:
         """Wake the tasks that wait."""
-        if self.event is not None:
-            with contextlib.suppress(RuntimeError):  # of a loop that is being torn down: nobody waits there any more
-                self.event.set()
+        with contextlib.suppress(RuntimeError):  # of a loop that is being torn down: nobody waits there any more
+            self.home.loop.unpark(self.parked)
 
 
 class Service:
@@ -96,7 +95,7 @@ class Service:
         self.starting = 0
         self.processes: dict[Watch, Process] = {}  # kept alive while they run: dropping a handle closes no pipe
         self._spawner: Spawner | None = None
-        self.changed = anyio.Event()
+        self.parked: list[Any] = []  # the tasks that wait for a change
         self.exits: list[MemoryObjectSendStream[ExitStatus]] = []
         self.reaped = self.lost = self.wakeups = self.late = 0
         self._stopping = self._broken = False
@@ -415,8 +414,7 @@ class Service:
     def change(self) -> None:
         """Say that something was started or has ended."""
         with contextlib.suppress(RuntimeError):  # of a loop that is gone
-            self.changed.set()
-        self.changed = anyio.Event()
+            self.loop.unpark(self.parked)
 
     def kick(self) -> None:
         """Have the service sweep now."""
