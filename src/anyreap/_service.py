@@ -67,14 +67,16 @@ class Watch:
     @property
     def settled(self) -> bool:
         """Whether a wait has nothing left to wait for."""
-        state = self.record.state
-        known = state is State.OBSERVED and (self.record.held or not self.reap)
-        return known or self.record.ended or self.home.closed or self.home.failure is not None
+        record = self.record
+        known = record.ended or (record.state is State.OBSERVED and (record.held or not self.reap))
+        return known or self.home.closed or self.home.failure is not None
 
     def settle(self) -> None:
         """Wake the tasks that wait."""
-        with contextlib.suppress(RuntimeError):  # of a loop that is being torn down: nobody waits there any more
+        try:  # noqa: SIM105  (suppress() takes as long as the rest: this is a part of each exit)
             self.home.loop.unpark(self.parked)
+        except RuntimeError:  # of a loop that is being torn down: nobody waits there any more
+            pass
 
 
 class Service:
@@ -342,7 +344,7 @@ class Service:
 
     def post(self, watch: Watch, by: Home) -> None:
         """Tell the waiting tasks of a child, in the loop that they run on."""
-        if isinstance(by, Service) and by.loop.home is self.loop.home:
+        if by is self or (isinstance(by, Service) and by.loop.home is self.loop.home):
             self.tell(watch)
         else:
             self._inbox.append(watch)
@@ -353,7 +355,7 @@ class Service:
         record = watch.record
         if watch.told is record.state:
             return
-        if watch.settled:
+        if watch.parked and watch.settled:
             watch.settle()
         self.processes.pop(watch, None)
         if watch in self.owned and (record.ended or record.held):
