@@ -16,17 +16,23 @@ CODE    := $(wildcard src tests examples bench)
 .DELETE_ON_ERROR:
 # Two pips in one venv would get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test check docs format clean FORCE
+.PHONY: help demo test bench bench-full check docs format clean FORCE
 
 help: ## list these commands
 	@echo 'make <command> [ARGS="..."] [PYTHON=python3]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.group-demo ## run examples/demo.py
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.group-test ## run the tests, in two processes; with ARGS: run pytest with these
 	$(BIN)/python tests/run.py $(ARGS)
+
+bench: $(VENV)/.group-bench ## measure beside the peers, the short form: five minutes at most
+	$(BIN)/python -m bench $(ARGS)
+
+bench-full: $(VENV)/.group-bench ## all sizes and peers, an hour or two; writes docs/benchmarks.md
+	$(BIN)/python -m bench --full --page docs $(ARGS)
 
 check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must pass, fast things first
 	$(BIN)/ruff format --check $(CODE)

@@ -708,15 +708,27 @@ def test_typed() -> None:
 
 
 def test_import_starts_nothing() -> None:
-    """Importing the package installs nothing, starts nothing, and imports neither trio nor
-    asyncio's subprocesses.
-    """
+    """Importing the package installs nothing, starts nothing, and imports no loop: whoever runs on one has done so."""
     script = (
         "import os, signal, sys, threading, anyreap\n"
         "assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL\n"
         "assert threading.active_count() == 1\n"
-        "assert 'trio' not in sys.modules, 'trio'\n"
+        "assert not {'trio', 'asyncio', 'logging'} & set(sys.modules), set(sys.modules)\n"
         "assert 'multiprocessing' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)
     assert not children()
+
+
+def test_asyncio_takes_no_trio() -> None:
+    """Nobody who runs on asyncio imports trio."""
+    script = (
+        "import anyio, os, sys, anyreap\n"
+        "async def main():\n"
+        "    async with anyreap.open_reaper() as reaper:\n"
+        "        await reaper.wait(os.posix_spawn('/bin/true', ['true'], os.environ))\n"
+        "        await reaper.run_process(['true'])\n"
+        "anyio.run(main)\n"
+        "assert 'trio' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)

@@ -154,10 +154,7 @@ class Reaper:
                 watch.child = Child._of(watch)
                 service.watches.add(watch)
                 registry.join(record, watch)
-            if reap and not watch.reap:
-                watch.reap = True
-                if record.state is State.OBSERVED:  # all who wait have been told
-                    watch.event = None  # who waits from now on waits for the collection
+            watch.reap = watch.reap or reap  # who waits from now on waits for the collection, if it has been observed
             if changed:
                 service.finder.hand_in(record)
         if changed:
@@ -549,7 +546,7 @@ class _Block:
         while service.owned or service.starting:
             if service.failure is not None:
                 break
-            await service.changed.wait()
+            await service.loop.park(service.parked)
         if service.failure is not None:
             msg = "the service of this reaper has failed; the children that it owned were shut down"
             raise RuntimeError(msg) from service.failure

@@ -11,7 +11,6 @@ asyncio can't): it is looked at and noted before it is taken, and whatever was b
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
 import subprocess
@@ -71,7 +70,7 @@ class Link:
     def reap(self) -> bool:
         """Whether it wants the child collected."""
         watch = self._watch()
-        return watch is not None and bool(watch.reap)
+        return watch is not None and watch.reap
 
     def watch(self) -> Any:
         """What it stands for; None if that is gone."""
@@ -278,7 +277,7 @@ class Registry:
                 if record.state is State.OBSERVED or (thorough and self._recycled(record)):
                     return self._gone(record, by, certain=True)
                 return Answer.RUNNING
-            if self._recycled(record):  # not ours to take
+            if record.pidfd < 0 and self._recycled(record):  # not ours to take
                 return self._gone(record, by, certain=True)
             record.glimpse = raw
             return self._collect(record, raw, by)
@@ -348,16 +347,16 @@ class Registry:
 
     def _publish(self, record: Record[Link], by: Home) -> None:
         # From the end, one by one, and each can be told twice: an interruption leaves the rest for the next time.
-        for link in reversed(list(record.watchers)):
+        for link in record.watchers[::-1]:
             watch = link.watch()
             if watch is not None:
                 watch.home.finder.drop(record)
                 watch.home.post(watch, by)
-            if record.ended or watch is None:
-                with contextlib.suppress(ValueError):  # telling it may have been what ended a held one
-                    record.watchers.remove(link)
-            else:
-                watch.home.finder.observe(record)
+                if record.state is State.OBSERVED:
+                    watch.home.finder.observe(record)
+                    continue
+            if link in record.watchers:  # telling it may have been what ended a held one
+                record.watchers.remove(link)
         self._close_pidfd(record)
 
     def lead(self, record: Record[Link]) -> None:
@@ -408,8 +407,10 @@ class Registry:
         pidfd, record.pidfd = record.pidfd, -1
         if pidfd in self._pidfds:
             self._pidfds.discard(pidfd)
-            with contextlib.suppress(OSError):  # closed by somebody else (os.closerange)
+            try:  # noqa: SIM105  (suppress() takes longer than the close does: this is a part of each exit)
                 os.close(pidfd)
+            except OSError:  # closed by somebody else (os.closerange)
+                pass
 
     def add(self, home: Home) -> None:
         """Note a reaper that was opened."""

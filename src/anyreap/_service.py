@@ -13,7 +13,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 
@@ -53,7 +53,7 @@ _ABANDON: Final = 1.0
 class Watch:
     """One reaper's share in one child: who waits for it here, and whether it is to be collected and owned."""
 
-    __slots__ = ("__weakref__", "child", "event", "home", "policy", "reap", "record", "told")
+    __slots__ = ("__weakref__", "child", "home", "parked", "policy", "reap", "record", "told")
 
     def __init__(self, record: Record[Link], home: Service, *, reap: bool) -> None:
         self.record: Final = record
@@ -62,20 +62,21 @@ class Watch:
         self.policy: Shutdown = home.shutdown
         self.told = State.RUNNING
         self.child: Child | None = None  # the handle, as long as the same one has to be returned again
-        self.event: anyio.Event | None = None  # made by the first task that waits: most children have none
+        self.parked: list[Any] = []  # the tasks that wait, see `_loop`
 
     @property
     def settled(self) -> bool:
         """Whether a wait has nothing left to wait for."""
-        state = self.record.state
-        known = state is State.OBSERVED and (self.record.held or not self.reap)
-        return known or self.record.ended or self.home.closed or self.home.failure is not None
+        record = self.record
+        known = record.ended or (record.state is State.OBSERVED and (record.held or not self.reap))
+        return known or self.home.closed or self.home.failure is not None
 
     def settle(self) -> None:
         """Wake the tasks that wait."""
-        if self.event is not None:
-            with contextlib.suppress(RuntimeError):  # of a loop that is being torn down: nobody waits there any more
-                self.event.set()
+        try:  # noqa: SIM105  (suppress() takes as long as the rest: this is a part of each exit)
+            self.home.loop.unpark(self.parked)
+        except RuntimeError:  # of a loop that is being torn down: nobody waits there any more
+            pass
 
 
 class Service:
@@ -96,7 +97,7 @@ class Service:
         self.starting = 0
         self.processes: dict[Watch, Process] = {}  # kept alive while they run: dropping a handle closes no pipe
         self._spawner: Spawner | None = None
-        self.changed = anyio.Event()
+        self.parked: list[Any] = []  # the tasks that wait for a change
         self.exits: list[MemoryObjectSendStream[ExitStatus]] = []
         self.reaped = self.lost = self.wakeups = self.late = 0
         self._stopping = self._broken = self._left_behind = False
@@ -343,7 +344,7 @@ class Service:
 
     def post(self, watch: Watch, by: Home) -> None:
         """Tell the waiting tasks of a child, in the loop that they run on."""
-        if isinstance(by, Service) and by.loop.home is self.loop.home:
+        if by is self or (isinstance(by, Service) and by.loop.home is self.loop.home):
             self.tell(watch)
         else:
             self._inbox.append(watch)
@@ -354,7 +355,7 @@ class Service:
         record = watch.record
         if watch.told is record.state:
             return
-        if watch.settled:
+        if watch.parked and watch.settled:
             watch.settle()
         self.processes.pop(watch, None)
         if watch in self.owned and (record.ended or record.held):
@@ -417,8 +418,7 @@ class Service:
     def change(self) -> None:
         """Say that something was started or has ended."""
         with contextlib.suppress(RuntimeError):  # of a loop that is gone
-            self.changed.set()
-        self.changed = anyio.Event()
+            self.loop.unpark(self.parked)
 
     def kick(self) -> None:
         """Have the service sweep now."""

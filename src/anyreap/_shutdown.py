@@ -187,7 +187,7 @@ class Ladder:
     async def _pause(self, until: float) -> None:
         """Wait until a time, or until a child has ended. Only what no shield keeps off comes through."""
         with anyio.CancelScope(shield=True, deadline=max(until, self._loop.now())):
-            await self._service.changed.wait()
+            await self._loop.park(self._service.parked)
 
     def _survivors(self, rest: list[Watch]) -> dict[int, str]:
         seen: dict[int, str] = {}

@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import logging
 import os
 import signal
 import sys
@@ -433,6 +432,8 @@ def warn(text: str) -> None:
     try:
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:
+        import logging  # noqa: PLC0415  (it takes as long to import as all of this package, for what hardly ever comes)
+
         logging.getLogger("anyreap").warning(text)
 
 

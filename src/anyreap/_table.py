@@ -97,7 +97,11 @@ class Record(Generic[_W]):
     @property
     def reap(self) -> bool:
         """Whether it is to be collected: one who wants it is enough, and a held one has to wait."""
-        return not self.held and any(watcher.reap for watcher in self.watchers)
+        if not self.held:
+            for watcher in self.watchers:  # any() takes four times as long, in each exit
+                if watcher.reap:
+                    return True
+        return False
 
 
 class Table(Generic[_W]):
