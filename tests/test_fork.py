@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import os
-import re
 import textwrap
 from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.harness import HOSTS, Host, run_alone
+from tests.harness import HOSTS, Host, run_alone, said
 
 if TYPE_CHECKING:
     import subprocess
@@ -93,7 +92,7 @@ def alone(
     script = FOR_SCRIPTS + textwrap.dedent(script)
     done = run_alone(script, host, flags=flags, expect=expect, limit=limit)
     # asyncio may say how slow this machine is
-    assert re.sub(r"^Executing <.* took [0-9.]+ seconds\n", "", done.stderr, flags=re.MULTILINE) == ""
+    assert said(done.stderr) == ""
     return done
 
 

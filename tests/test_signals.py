@@ -11,7 +11,6 @@ import functools
 import inspect
 import os
 import platform
-import re
 import resource
 import select
 import signal
@@ -47,6 +46,7 @@ from tests.harness import (
     look,
     open_fds,
     run_alone,
+    said,
     set_sigaction,
     sigaction,
     sleeper,
@@ -160,12 +160,6 @@ def alone(
     done = run_alone(FOR_SCRIPTS + textwrap.dedent(script), host, wrapper=wrapper)
     assert said(done.stderr) == ""
     return done
-
-
-def said(stderr: str) -> str:
-    """What a process wrote to stderr, without asyncio's words on how slow this machine is."""
-    slow = re.compile(r"^Executing <.* took [0-9.]+ seconds\n", re.MULTILINE)
-    return slow.sub("", stderr)
 
 
 def in_a_real_run(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
