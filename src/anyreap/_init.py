@@ -234,8 +234,8 @@ def become(options: Options, given: Given, *, foreground: bool) -> NoReturn:
             with contextlib.suppress(OSError):  # no terminal at stdin, or somebody else's
                 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
         else:
-            # A group of its own also without --group: else a Ctrl-C would reach it twice, from the terminal and from us.
-            # In the foreground before it runs: it could be stopped by its first look at the terminal.
+            # A group of its own also without --group: else a Ctrl-C would reach it twice, from the terminal and from
+            # us. In the foreground before it runs: it could be stopped by its first look at the terminal.
             os.setpgid(0, 0)
             if foreground:
                 give_terminal(os.getpid())
@@ -356,8 +356,8 @@ class Init:
         return True
 
     def _collect(self) -> None:
-        # A look first, and then the collecting, where waitpid(-1) would do both: the number of the command's group must
-        # not be anybody else's yet when it gets its SIGTERM, and that is sure as long as the zombie of its leader stands.
+        # A look first, and then the collecting, where waitpid(-1) would do both: when the command's group gets its
+        # SIGTERM its number must not be another group's yet, and that is sure while the zombie of its leader stands.
         while found := _kernel.look_any():
             pid, raw = found
             code = os.waitstatus_to_exitcode(raw)
