@@ -238,6 +238,25 @@ def test_a_command_that_can_not_be_started(tmp_path: Path, content: str, mode: i
     assert f"{script}: {reason}\n" in err
 
 
+def test_nothing_can_be_started() -> None:
+    """A system call that fails before the command is there is said, with its reason, and the exit code is 1."""
+    done = run_alone(
+        """
+        from anyreap import _init, _kernel
+        def fork():
+            raise BlockingIOError(11, os.strerror(11))
+        os.fork = fork
+        assert _init.main(["-s", "some-command"]) == 1
+        _kernel._PR_SET_CHILD_SUBREAPER = 32767
+        assert _init.main(["-s", "some-command"]) == 1
+        """,
+    )
+    assert done.stderr.splitlines() == [
+        "anyreap init: some-command was not started: Resource temporarily unavailable",
+        "anyreap init: some-command was not started: Invalid argument (prctl 32767)",
+    ]
+
+
 # How the command starts ----------------------------------------------------------------------------------------------
 
 # Starts a program with signals ignored and blocked.
@@ -702,7 +721,7 @@ def test_the_terminal_is_given_back() -> None:
         (["-e", "x", "true"], "'x'"),
         (["-p", "SIGNOTHING", "true"], "'SIGNOTHING'"),
         (["-p", "0", "true"], "'0'"),
-        (["-p", "_DFL", "true"], "'_DFL'"),
+        (["-p", "_UNBLOCK", "true"], "'_UNBLOCK'"),
         (["-r", "", "true"], "''"),
         (["-r", "herp", "true"], "'herp'"),
         (["-r", "herp:derp", "true"], "'herp'"),

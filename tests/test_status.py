@@ -687,6 +687,7 @@ def test_import_starts_nothing() -> None:
     """
     script = (
         "import os, signal, sys, threading, anyreap\n"
+        "anyreap.open_reaper\n"  # whose first use imports all of it
         "assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL\n"
         "assert threading.active_count() == 1\n"
         "assert 'trio' not in sys.modules, 'trio'\n"

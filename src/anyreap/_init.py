@@ -88,6 +88,11 @@ class Options:
         self.verbosity = 0
         self.help = False
 
+    def tell(self, level: int, text: str) -> None:
+        """Say something, if so much was asked for."""
+        if self.verbosity >= level:
+            say(text)
+
 
 def main(argv: list[str]) -> int:
     """Be an init. Returns the exit code."""
@@ -106,17 +111,20 @@ def main(argv: list[str]) -> int:
             _kernel.set_parent_death_signal(options.parent_death)
         if options.subreaper:
             _kernel.set_subreaper(on=True)
+            options.tell(3, "orphans are given to this process from now on")
         elif os.getpid() != 1 and not _kernel.is_subreaper():
             say(
                 "this is neither PID 1 nor a subreaper: orphans are given to another process,"
                 " and zombie reaping won't work. Run it as PID 1, or with -s"
             )
-        foreground = leave_terminal() if options.group else in_foreground()
+        gives_terminal = leave_terminal() if options.group else in_foreground()
+        if gives_terminal:
+            options.tell(3, "the terminal goes to the command")
         child = os.fork()
     except OSError as exc:
-        return fail(f"it could not start: {exc.strerror}")
+        return fail(f"{options.command[0]} was not started: {exc.strerror}")
     if child == 0:
-        become(options, given, foreground=foreground)
+        become(options, given, gives_terminal=gives_terminal)
     with contextlib.suppress(OSError):
         os.chdir("/")  # or the directory that it was started in could not be unmounted for as long as it runs
     return Init(options, child).run()
@@ -163,7 +171,7 @@ def exit_code(text: str) -> int:
 def signal_number(text: str) -> int:
     """Read a signal: its name, with or without SIG, or its number."""
     name = text.upper().removeprefix("SIG")
-    number = int(name) if name.isascii() and name.isdigit() else getattr(signal, f"SIG{name}", 0)
+    number = int(name) if name.isascii() and name.isdigit() else signal.Signals.__members__.get(f"SIG{name}")
     if number in ANY_SIGNAL:
         return int(number)
     raise ValueError(f"a signal is a name or a number, such as SIGTERM or 15, not {text!r}")
@@ -225,7 +233,7 @@ def given_environment() -> Mapping[bytes, bytes]:
     return dict(pair.split(b"=", 1) for pair in pairs if pair.find(b"=") > 0)
 
 
-def become(options: Options, given: Given, *, foreground: bool) -> NoReturn:
+def become(options: Options, given: Given, *, gives_terminal: bool) -> NoReturn:
     """In the child: become the command."""
     code = 126
     try:
@@ -237,7 +245,7 @@ def become(options: Options, given: Given, *, foreground: bool) -> NoReturn:
             # A group of its own also without --group: else a Ctrl-C would reach it twice, from the terminal and from
             # us. In the foreground before it runs: it could be stopped by its first look at the terminal.
             os.setpgid(0, 0)
-            if foreground:
+            if gives_terminal:
                 give_terminal(os.getpid())
         environment = given.restore()
         os.execvpe(options.command[0], options.command, environment)
@@ -285,17 +293,20 @@ def give_terminal(pgid: int) -> None:
 
 
 def leave_terminal() -> bool:
-    """Let go of the terminal, so that the session of the command can have it. False: there is nothing to give.
+    """Let go of the terminal, so that the session of the command can have it. Returns whether there was one.
 
     Only the leader of a session can. The kernel tells its foreground that the terminal is gone: a SIGHUP and a SIGCONT,
     ours, and not for the command, which would be ended by the first.
     """
-    if os.getsid(0) == os.getpid():
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(0, termios.TIOCNOTTY)
-            while signal.sigtimedwait((signal.SIGHUP, signal.SIGCONT), 0):
-                pass
-    return False
+    if os.getsid(0) != os.getpid():
+        return False
+    try:
+        fcntl.ioctl(0, termios.TIOCNOTTY)
+    except OSError:
+        return False
+    while signal.sigtimedwait((signal.SIGHUP, signal.SIGCONT), 0):
+        pass
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,7 +323,7 @@ class Init:
 
     def run(self) -> int:
         """Until the command has ended. Returns the exit code."""
-        self._tell(1, f"started {self._options.command[0]} as {self._child}")
+        self._options.tell(1, f"started {self._options.command[0]} as {self._child}")
         while self._code is None:
             signum = self._next_signal()
             if signum is not None:
@@ -325,14 +336,17 @@ class Init:
 
     def _next_signal(self) -> int | None:
         found = signal.sigtimedwait(ANY_SIGNAL, TICK)
-        if found is None or found.si_signo == signal.SIGCHLD:
+        if found is None:
+            return None
+        if found.si_signo == signal.SIGCHLD:
+            self._options.tell(3, "SIGCHLD has come")
             return None
         if found.si_signo in IGNORED_BY_PYTHON and found.si_pid == os.getpid():
             return None  # nobody reads what we say: our trouble. To be ignored is no help to a signal that is blocked
         return found.si_signo
 
     def _pass_on(self, signum: int) -> None:
-        self._tell(2, f"{name_of(signum)} has come")
+        self._options.tell(2, f"{name_of(signum)} has come")
         if signum == signal.SIGCONT and not self._options.group and in_foreground():
             give_terminal(self._child)  # `fg` in a shell has given it to us
         if self._send(signum) and signum in STOPS:
@@ -342,7 +356,9 @@ class Init:
         signum = self._options.rewrites.get(signum, signum)
         if not signum:
             return False
-        self._tell(2, f"{name_of(signum)} goes to the {'group' if self._options.group else 'command'} {self._child}")
+        self._options.tell(
+            2, f"{name_of(signum)} goes to the {'group' if self._options.group else 'command'} {self._child}"
+        )
         try:
             if self._options.group:
                 with contextlib.suppress(ProcessLookupError):
@@ -364,13 +380,13 @@ class Init:
             how = f"exited with code {code}" if code >= 0 else f"killed by {name_of(-code)}"
             if pid == self._child:
                 self._code = code if code >= 0 else 128 - code
-                self._tell(1, f"{pid}, the command: {how}")
+                self._options.tell(1, f"{pid}, the command: {how}")
                 if self._options.group:
                     self._send(signal.SIGTERM)
             elif self._options.warn_on_reap:
                 say(f"Reaped zombie process with pid={pid}")  # the words that those who filter tini's log look for
             else:
-                self._tell(2, f"{pid}, an orphan: {how}")
+                self._options.tell(2, f"{pid}, an orphan: {how}")
             if _kernel.take(pid) is None:
                 break
 
@@ -385,12 +401,8 @@ class Init:
             and terminal_group() >= 0
             and signal.SIGCONT not in signal.sigpending()
         ):
-            self._tell(2, "the command was stopped from the terminal")
+            self._options.tell(2, "the command was stopped from the terminal")
             suspend()
-
-    def _tell(self, level: int, text: str) -> None:
-        if self._options.verbosity >= level:
-            say(text)
 
 
 def suspend() -> None:

@@ -493,4 +493,4 @@ def _prctl(option: int, argument: object) -> None:
     nothing = ctypes.c_ulong(0)
     if ctypes.CDLL(None, use_errno=True).prctl(option, argument, nothing, nothing, nothing):
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, f"{os.strerror(number)} (prctl {option})")
