@@ -711,6 +711,7 @@ def test_import_starts_nothing() -> None:
     """Importing the package installs nothing, starts nothing, and imports no loop: whoever runs on one has done so."""
     script = (
         "import os, signal, sys, threading, anyreap\n"
+        "anyreap.open_reaper\n"  # whose first use imports all of it
         "assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL\n"
         "assert threading.active_count() == 1\n"
         "assert not {'trio', 'asyncio', 'logging'} & set(sys.modules), set(sys.modules)\n"

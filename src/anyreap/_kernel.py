@@ -15,6 +15,7 @@ Wait statuses are raw here (the 16 bits of `man 2 wait`); `ExitStatus` decodes t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -200,6 +201,16 @@ def take(pid: int) -> tuple[int, resource.struct_rusage] | None:
     """
     taken, raw, usage = os.wait4(pid, os.WNOHANG | _WALL)
     return (raw, usage) if taken == pid else None
+
+
+def take_stop(pid: int) -> int | None:
+    """The signal that a child of ours has been stopped by; None if it has not, or if that was told already.
+
+    Raises:
+        ChildProcessError: It is not an unreaped child of ours.
+    """
+    found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | _WALL)
+    return found.si_status if found is not None and found.si_pid == pid else None
 
 
 def _raw(found: os.waitid_result | None) -> int | None:
@@ -451,3 +462,45 @@ def signal_set(name: str, signum: int) -> bool:
     except OSError:
         pass
     return False
+
+
+# This process among others (Linux; man 2 prctl) ----------------------------------------------------------------------
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_GET_CHILD_SUBREAPER: Final = 37
+
+
+def is_subreaper() -> bool:
+    """Whether orphans among our descendants are given to this process, though it is not PID 1."""
+    bit = ctypes.c_int(0)
+    try:
+        _prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(bit))
+    except OSError:
+        return False
+    return bool(bit.value)
+
+
+def set_subreaper(*, on: bool) -> None:
+    """Have orphans among our descendants given to this process, or not. Kept over an exec, not inherited by a fork.
+
+    Raises:
+        OSError: The kernel can't (Linux < 3.4), or a sandbox forbids it.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(on))
+
+
+def set_parent_death_signal(signum: int) -> None:
+    """Have a signal sent to this process when the thread that started it ends.
+
+    Raises:
+        OSError: A sandbox forbids it.
+    """
+    _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signum))
+
+
+def _prctl(option: int, argument: object) -> None:
+    nothing = ctypes.c_ulong(0)
+    if ctypes.CDLL(None, use_errno=True).prctl(option, argument, nothing, nothing, nothing):
+        number = ctypes.get_errno()
+        raise OSError(number, f"{os.strerror(number)} (prctl {option})")
