@@ -16,17 +16,20 @@ CODE    := $(wildcard src tests examples bench)
 .DELETE_ON_ERROR:
 # Two pips in one venv would get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test check docs format clean FORCE
+.PHONY: help demo test examples check docs format clean FORCE
 
 help: ## list these commands
 	@echo 'make <command> [ARGS="..."] [PYTHON=python3]'
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.group-demo ## run examples/demo.py
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(VENV)/.group-test ## run the tests; ARGS go to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+examples: $(VENV)/.group-examples ## run all examples for real: those on FastAPI, Hypercorn and Dask too
+	$(BIN)/python -m pytest tests/test_examples.py $(ARGS)
 
 check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must pass, fast things first
 	$(BIN)/ruff format --check $(CODE)
