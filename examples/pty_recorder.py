@@ -8,6 +8,7 @@ one that a shell would show.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import json
 import os
@@ -42,14 +43,14 @@ def raw_terminal() -> Iterator[bool]:
 
 async def record(terminal: int, cast: TextIO) -> None:
     """Show what the program writes, and note it, up to the end."""
-    began = time.monotonic()
+    began, decoder = time.monotonic(), codecs.getincrementaldecoder("utf-8")("replace")
     with contextlib.suppress(OSError):  # EIO: how the end of a terminal looks on Linux
         while True:
             await anyio.wait_readable(terminal)
             if not (data := os.read(terminal, 65536)):
                 return
             os.write(1, data)
-            cast.write(json.dumps([round(time.monotonic() - began, 6), "o", data.decode(errors="replace")]) + "\n")
+            cast.write(json.dumps([round(time.monotonic() - began, 6), "o", decoder.decode(data)]) + "\n")
 
 
 async def hand_on_keys(terminal: int) -> None:
