@@ -16,7 +16,7 @@ CODE    := $(wildcard src tests examples bench)
 .DELETE_ON_ERROR:
 # Two pips in one venv would get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test examples check docs dist-check format clean FORCE
+.PHONY: help demo test examples check docs lowest dist-check format clean FORCE
 
 help: ## list these commands
 	@echo 'make <command> [ARGS="..."] [PYTHON=python3]'
@@ -41,6 +41,10 @@ check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must
 
 docs: $(VENV)/.group-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+lowest: ## run the tests with the oldest trio and anyio that are supported
+	$(MAKE) .venv-lowest/.group-lowest VENV=.venv-lowest
+	.venv-lowest/bin/python -m pytest $(ARGS)
 
 # The same commit gives the same bytes, whoever builds it, when, where, and with which umask: so it is built a second
 # time, out of the first sdist. The wheel is tried in a venv that has nothing else, then with a part of the tests.
@@ -67,7 +71,7 @@ format: $(VENV)/.group-check ## let ruff rewrite the code
 	$(BIN)/ruff format $(CODE)
 
 clean: ## remove the venv, and all that was built or cached
-	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .*_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build dist site htmlcov .coverage .coverage.* .*_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A venv serves one interpreter version in one directory: after an upgrade or a move, its scripts and
