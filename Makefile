@@ -16,7 +16,7 @@ CODE    := $(wildcard src tests examples bench)
 .DELETE_ON_ERROR:
 # Two pips in one venv would get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-full check docs format clean FORCE
+.PHONY: help demo test bench bench-full check docs format clean examples lowest dist-check FORCE
 
 help: ## list these commands
 	@echo 'make <command> [ARGS="..."] [PYTHON=python3]'
@@ -34,6 +34,9 @@ bench: $(VENV)/.group-bench ## measure beside the peers, the short form: five mi
 bench-full: $(VENV)/.group-bench ## all sizes and peers, an hour or two; writes docs/benchmarks.md
 	$(BIN)/python -m bench --full --page docs $(ARGS)
 
+examples: $(VENV)/.group-examples ## run all examples for real: those on FastAPI, Hypercorn and Dask too
+	$(BIN)/python -m pytest tests/test_examples.py $(ARGS)
+
 check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must pass, fast things first
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
@@ -45,12 +48,36 @@ check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must
 docs: $(VENV)/.group-docs ## build the documentation into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
+lowest: ## run the tests with the oldest trio and anyio that are supported
+	$(MAKE) .venv-lowest/.group-lowest VENV=.venv-lowest
+	.venv-lowest/bin/python -m pytest $(ARGS)
+
+# The same commit gives the same bytes, whoever builds it, when, where, and with which umask: so it is built a second
+# time, out of the first sdist. The wheel is tried in a venv that has nothing else, then with a part of the tests.
+# pyroma misses two things of ten, an email address and a home page, until the project has them.
+dist-check: export SOURCE_DATE_EPOCH := $(shell git log -1 --format=%ct 2>/dev/null || echo 1580601600)
+dist-check: $(VENV)/.group-dist ## build sdist and wheel, check them, and run some of the tests from the wheel
+	rm -rf dist build
+	$(BIN)/python -m build --outdir dist
+	mkdir build && tar -xf dist/*.tar.gz -C build
+	cd build/anyreap-* && rm PKG-INFO && find . -type f -exec touch {} + && umask 077 && \
+	    '$(CURDIR)/$(BIN)/python' -m build --outdir ../again
+	for file in dist/*; do cmp "$$file" "build/again/$${file#dist/}" || exit 1; done
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/pyroma --min=8 dist/*.tar.gz
+	$(PYTHON) -m venv --clear build/venv
+	build/venv/bin/python -m pip --disable-pip-version-check --quiet install 'pip>=25.1' dist/*.whl
+	build/venv/bin/python -W error -c 'import anyreap; assert "site-packages" in anyreap.__file__'
+	build/venv/bin/python -m pip --disable-pip-version-check --quiet install --group test
+	build/venv/bin/python -m pytest tests/test_smoke.py tests/test_status.py tests/test_pytest_plugin.py $(ARGS)
+
 format: $(VENV)/.group-check ## let ruff rewrite the code
 	$(BIN)/ruff check --fix-only $(CODE)
 	$(BIN)/ruff format $(CODE)
 
 clean: ## remove the venv, and all that was built or cached
-	rm -rf $(VENV) build dist site htmlcov .coverage .coverage.* .*_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest build dist site htmlcov .coverage .coverage.* .*_cache .hypothesis
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A venv serves one interpreter version in one directory: after an upgrade or a move, its scripts and
