@@ -338,7 +338,9 @@ def test_innocent(no_leaked_children):
 
 def test_where_children_are_not_listed(pytester: pytest.Pytester, run_pytest: RunPytest) -> None:
     """Where the kernel does not list children, the option is refused, and the fixture fails: neither passes blindly."""
-    pytester.makeconftest("import _anyreap_pytest; _anyreap_pytest._CHILDREN = '/proc/self/task/{}/nothing'")
+    pytester.makeconftest(
+        "import anyreap.pytest_plugin; anyreap.pytest_plugin._CHILDREN = '/proc/self/task/{}/nothing'"
+    )
     pytester.makepyfile("def test_it(no_leaked_children): pass")
     done = run_pytest("--fail-on-leaked-children", *ALONE)
     assert done.ret == pytest.ExitCode.USAGE_ERROR
