@@ -10,6 +10,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
 import anyio
 import anyio.lowlevel
 
+from anyreap import _kernel
 from anyreap._child import Child
 from anyreap._errors import StillRunning
 from anyreap._loop import protect_from_ki
@@ -39,9 +40,9 @@ class ReaperStatistics:
     Attributes:
         watched: Children that it watches now, the owned ones among them.
         owned: Children that it owns now.
-        reaped: Children that were collected since it was opened.
-        orphans_reaped: Adopted descendants that were collected. Always 0: no reaper is a subreaper yet.
-        lost: Children that ended and whose status was gone.
+        reaped: Children that were collected since it was opened, the orphans not among them.
+        orphans_reaped: Orphaned descendants that were collected since it was opened; 0 without `subreaper`.
+        lost: Children that ended and whose status was gone, the orphans not among them.
         wakeups: How often its source woke it.
         late: Exits that a heartbeat found although the source was silent. Above 0: somebody keeps SIGCHLD away
             (blocked, or another handler), or takes statuses.
@@ -154,6 +155,8 @@ class Reaper:
                 watch.child = Child._of(watch)
                 service.watches.add(watch)
                 registry.join(record, watch)
+            elif watch.child is None and not record.ended:  # an orphan that was taken in before it is handed in
+                watch.child = Child._of(watch)
             if reap and not watch.reap:
                 watch.reap = True
                 if record.state is State.OBSERVED:  # all who wait have been told
@@ -443,10 +446,13 @@ class Reaper:
         """
         service = self._service
         return ReaperStatistics(
-            watched=sum(watch.record.state is State.RUNNING for watch in list(service.watches)),
+            watched=sum(
+                watch.record.state is State.RUNNING and (watch.child is not None or not watch.orphan)
+                for watch in list(service.watches)
+            ),
             owned=len(service.owned),
             reaped=service.reaped,
-            orphans_reaped=0,
+            orphans_reaped=service.orphans_reaped,
             lost=service.lost,
             wakeups=service.wakeups,
             late=service.late,
@@ -462,10 +468,17 @@ class Reaper:
 class _Block:
     """The block of one reaper. A class with two methods, because a generator can't be protected from Ctrl-C whole."""
 
-    def __init__(self, source: Literal["auto", "sigchld", "pidfd"], shutdown: Shutdown, heartbeat: float) -> None:
+    def __init__(
+        self,
+        source: Literal["auto", "sigchld", "pidfd"],
+        shutdown: Shutdown,
+        heartbeat: float,
+        orphan_grace: float | None,
+    ) -> None:
         self._source = source
         self._shutdown = shutdown
         self._heartbeat = heartbeat
+        self._orphan_grace = orphan_grace
         self._service: Service | None = None
 
     async def __aenter__(self) -> Reaper:
@@ -474,7 +487,7 @@ class _Block:
             raise RuntimeError(msg)
         # The one checkpoint comes first: from the installation to the body there is no place to be cancelled.
         await anyio.lowlevel.checkpoint()
-        service = Service(heartbeat=self._heartbeat, shutdown=self._shutdown)
+        service = Service(heartbeat=self._heartbeat, shutdown=self._shutdown, orphan_grace=self._orphan_grace)
         try:
             with service.loop.uninterrupted():
                 service.open(self._source)
@@ -517,7 +530,7 @@ class _Block:
                 leaving = exc
         service.closing = True
         survivors: dict[int, str] = {}
-        if service.owned or service.groups or service.starting:
+        if service.owned or service.groups or service.starting or service.orphans is not None:
             service.close_pipes()  # nor would one that is blocked on a full pipe, politely
             ladder = Ladder(service, leaving)
             survivors = await ladder.climb()
@@ -559,6 +572,8 @@ def open_reaper(
     *,
     source: Literal["auto", "sigchld", "pidfd"] = "auto",
     shutdown: Shutdown = Shutdown(),  # noqa: B008  (a frozen value)
+    subreaper: bool = False,
+    orphan_grace: float = 1.0,
     heartbeat: float = 1.0,
 ) -> AbstractAsyncContextManager[Reaper]:
     """Open a reaper nursery.
@@ -618,9 +633,15 @@ def open_reaper(
     if not heartbeat > 0:  # NaN too
         msg = f"heartbeat is a number of seconds above 0, not {heartbeat!r}"
         raise ValueError(msg)
+    if not orphan_grace >= 0:
+        msg = f"orphan_grace is a number of seconds, 0 or more (math.inf: never), not {orphan_grace!r}"
+        raise ValueError(msg)
+    if subreaper and (why := _kernel.no_subreaper()):
+        msg = f"subreaper=True can't work here: {why}"
+        raise RuntimeError(msg)
     _check_policy(shutdown)
     protect_from_ki(_Block.__aenter__, _Block.__aexit__, Reaper.watch, Reaper.adopt, Child.send_signal)
-    return _Block(source, shutdown, heartbeat)
+    return _Block(source, shutdown, heartbeat, orphan_grace if subreaper else None)
 
 
 async def wait(child: AnyChild) -> ExitStatus:

@@ -173,6 +173,10 @@ class Registry:
         self._pidfds: set[int] = set()
         self.homes: weakref.WeakSet[Any] = weakref.WeakSet()
 
+    def find(self, pid: int) -> Record[Link] | None:
+        """The record of a child that is watched, by whichever reaper."""
+        return self._table.find(pid)
+
     def enter(self, pid: int, keeper: Keeper | None, by: Home) -> tuple[Record[Link], bool]:
         """Find or make the record of a child. Returns it, and whether the child has ended already.
 

@@ -20,6 +20,7 @@ from anyreap import _kernel
 from anyreap._registry import registry
 
 if TYPE_CHECKING:
+    from anyreap._orphans import Orphans
     from anyreap._service import Service, Watch
 
 Scope: TypeAlias = Literal["process", "group"]
@@ -27,6 +28,9 @@ Scope: TypeAlias = Literal["process", "group"]
 # How long a killed child may take to be gone before the block is left without it, in seconds. Death by SIGKILL takes
 # microseconds, and seconds where gigabytes have to be given back; what takes longer is held by something.
 KILL_BOUND: Final = 5.0
+
+# How long orphans may go on to leave new ones behind, once each is killed as soon as it is seen, in seconds.
+ORPHANS_BOUND: Final = 20.0
 
 # How often the children are looked at while the ladder waits, in seconds: soon at first, then twice as long each time.
 # It does not rely on the service: SIGCHLD may be blocked, the heartbeat long, the service itself have failed.
@@ -102,6 +106,9 @@ class Ladder:
         self._kill_at: dict[Watch, float] = {}
         self._killed_at: dict[Watch, float] = {}
         self._trouble: dict[int, str] = {}
+        self._taken = 0
+        self._thorough = False
+        self._orphans_until = self._orphans_given_up = math.inf
         self._hurry = False
         self.interrupt: BaseException | None = None
         # The second cancellation says that it takes too long. The first one is what began this, or is still to come.
@@ -119,11 +126,11 @@ class Ladder:
                 if now >= look_at:
                     await self._look()
                     look_at, delay = now + delay, min(delay * 2, _LOOK_LAST)
-                if not self._left():
+                if not self._left() and not await self._look_for_orphans(finally_=True):
                     return {}
                 if not self._hurry and self._cancelled() > self._patience:
                     self._hurry, due = True, -math.inf
-                if now >= due or self._service.starting:
+                if now >= due or self._service.starting or self._news():
                     due, last = await self._step(now)
                     if last and now >= due:
                         return self._survivors(self._rest())
@@ -136,15 +143,49 @@ class Ladder:
     def _left(self) -> bool:
         if self._only is not None:
             return self._only in self._service.owned or self._only in self._service.groups
-        return bool(self._service.owned or self._service.groups or self._service.starting)
+        return bool(self._service.owned or self._service.groups or self._service.starting or self._orphans())
 
     def _rest(self) -> list[Watch]:
-        both = (*self._service.owned, *self._service.groups)
-        return [watch for watch in both if self._only is None or watch is self._only]
+        all_three = (*self._service.owned, *self._service.groups, *self._orphans())
+        return [watch for watch in all_three if self._only is None or watch is self._only]
+
+    # Orphans come last: who owned them, as far as anybody did, is given the time to end them himself. And they come in
+    # rounds, for one that is ended may leave children behind. Each of them gets the first signal. But a family in which
+    # each generation waits for SIGKILL would take a grace period for each, so from the end of the second one on SIGKILL
+    # follows at once; and one that forks faster than it is killed is given up in the end.
+
+    @property
+    def _family(self) -> Orphans | None:
+        service = self._service
+        busy = service.owned or service.groups or service.starting or self._only is not None
+        return None if busy else service.orphans
+
+    def _orphans(self) -> set[Watch]:
+        return set() if self._family is None else self._family.to_end()
+
+    def _news(self) -> bool:
+        return self._family is not None and self._family.taken != self._taken
+
+    async def _look_for_orphans(self, *, finally_: bool = False) -> bool:
+        """Look whether there are new ones. Finally: until nothing is undecided; True if there are any left."""
+        family = self._family
+        while family is not None:
+            for _ in family.look(thorough=finally_ and not self._thorough):
+                await self._pause(-math.inf)
+            if not finally_ or not family.undecided:
+                self._thorough |= finally_
+                break
+            await self._pause(self._loop.now() + _LOOK_FIRST)
+        return self._left()
 
     async def _step(self, now: float) -> tuple[float, bool]:
         """Send what is due. Returns when there is something to do again, and whether that is to give up."""
         began = time.monotonic()
+        if self._family is not None:
+            self._taken = self._family.taken
+            self._orphans_until = min(self._orphans_until, now + 2 * self._service.shutdown.grace)
+            if self._hurry or now >= self._orphans_until:
+                self._orphans_given_up = min(self._orphans_given_up, now + ORPHANS_BOUND)
         for watch in self._rest():
             policy = watch.policy
             if watch in self._killed_at:
@@ -155,13 +196,15 @@ class Ladder:
                 self._send(watch, _signal.SIGKILL)
                 self._killed_at[watch] = now
             elif watch not in self._kill_at:
-                self._kill_at[watch] = now + policy.grace
+                self._kill_at[watch] = min(now + policy.grace, self._orphans_until)
                 self._send(watch, policy.signal)
                 self._send(watch, _signal.SIGCONT)
             if time.monotonic() - began > _SLICE:
                 await self._pause(-math.inf)
                 began = time.monotonic()
         rest = self._rest()
+        if now >= self._orphans_given_up:
+            return now, True
         waiting = [self._kill_at.get(watch, now) for watch in rest if watch not in self._killed_at]
         if waiting:
             return min(waiting), False
@@ -170,7 +213,7 @@ class Ladder:
     def _send(self, watch: Watch, signum: int) -> None:
         send = registry.send_group if watch.policy.scope == "group" else registry.send
         try:
-            if watch in self._service.owned or watch in self._service.groups:
+            if watch in self._service.owned or watch in self._service.groups or watch.orphan:
                 send(watch.record, signum)
         except OSError as exc:  # EPERM: another user's by now. It may end by itself, and is named if it does not
             self._trouble[watch.record.pid] = f"signal {signum} could not be sent: {exc.strerror}"
@@ -186,6 +229,7 @@ class Ladder:
             if time.monotonic() - began > _SLICE:
                 await self._pause(-math.inf)
                 began = time.monotonic()
+        await self._look_for_orphans()
 
     async def _pause(self, until: float) -> None:
         """Wait until a time, or until a child has ended. Only what no shield keeps off comes through."""
