@@ -84,7 +84,7 @@ class Orphans:
         # Two names of the same thing: for the environment, and for a limit that has to fit into 32 bits everywhere.
         self.number = 1 << 30 | int.from_bytes(os.urandom(4), "big") >> 2
         self.token = f"{os.getpid():x}-{self.number:x}"
-        self.starting: set[int] = set()
+        self.starting: dict[int, int] = {}  # the starts that are going on: since when
         self._started = 0
         self._strangers: dict[int, Stranger] = {}
         self._unjudged: set[int] = set()
@@ -147,7 +147,7 @@ class Orphans:
         pid, only the number says that it is no orphan.
         """
         self._started += 1
-        self.starting.add(self._started)
+        self.starting[self._started] = _kernel.ticks()
         tags = (os.environ if env is None else env).get(VARIABLE) or os.environ.get(VARIABLE, "")
         tagged = f"{tags} {self.token}.{self._started}".strip()
         return self._started, {**(os.environ if env is None else env), VARIABLE: tagged}
@@ -173,17 +173,13 @@ class Orphans:
             stranger.lacked = -1  # it was collected, and its number given to another child
             stranger.dead_since = None
         stranger.start = start
-        number = _kernel.mark_of(pid)
-        if number == self.number:
-            return "kin"
-        environment = _kernel.environment_of(pid)
-        others = [other for other in _open if other is not self]
-        theirs = any(number == other.number for other in others)
-        for token, _, start_number in _tags(environment):
-            if token == self.token:
-                return "soon" if int(start_number) in self.starting else "kin"
-            theirs |= any(token == other.token for other in others)
-        if theirs:
+        mark, environment = _kernel.mark_of(pid), _kernel.environment_of(pid)
+        tags = _tags(environment)
+        if self.token in tags:
+            return "soon" if tags[self.token] in self.starting else "kin"
+        if mark == self.number:
+            return "soon" if start >= min(self.starting.values(), default=math.inf) else "kin"
+        if any(mark == other.number or other.token in tags for other in _open):
             return "theirs"  # that reaper will find it, unless it is closed before
         if stranger.is_older_than_its_list():
             return "stray"
@@ -233,18 +229,18 @@ class Orphans:
 
     def _look(self, *, thorough: bool) -> Iterator[None]:
         self._list()
-        for pid, stranger in list(self._strangers.items()) if thorough else ():
-            if stranger.start != _started(pid):
+        for pid, known in list(self._strangers.items()) if thorough else ():
+            if known.start != _started(pid):
                 self._unjudged.add(pid)
             yield
         undecided = False
         strays: dict[int, Stranger] = {}
         for pid in list(self._unjudged):
-            stranger = self._strangers.get(pid)
             record = registry.find(pid)
-            if stranger is None or (record is not None and not record.orphan):
-                self._unjudged.discard(pid)
-            if stranger is None or record is not None:  # an orphan that another reaper has taken in may come to us yet
+            stranger = self._strangers.get(pid)
+            if record is not None or stranger is None:
+                if record is None or not record.orphan:  # what another reaper has taken in may come to us yet
+                    self._unjudged.discard(pid)
                 continue
             verdict = self._judge(pid, stranger)
             if verdict == "kin":
@@ -368,13 +364,16 @@ def _started(pid: int) -> int:
     return -1 if start is None else start
 
 
-def _tags(environment: bytes | None) -> Iterator[tuple[str, str, str]]:
+def _tags(environment: bytes | None) -> dict[str, int]:
+    """The tags in an environment: the token of each reaper, and the number of the start."""
+    found = {}
     for setting in (environment or b"").split(b"\0"):
-        if setting.startswith(VARIABLE.encode() + b"="):
-            for tag in setting.partition(b"=")[2].decode("ascii", "replace").split():
-                token, dot, number = tag.partition(".")
-                if number.isdecimal():
-                    yield token, dot, number
+        name, _, tags = setting.partition(b"=")
+        for tag in tags.decode("ascii", "replace").split() if name == VARIABLE.encode() else ():
+            token, _, number = tag.partition(".")
+            if number.isdecimal():
+                found[token] = int(number)
+    return found
 
 
 # Who owns a zombie. A Popen that is alive and has not been polled is nowhere to be found but among all objects: in no
@@ -386,7 +385,7 @@ _POPEN: Final = subprocess.Popen
 
 
 def owners_of(pids: Collection[int]) -> dict[int, Any]:
-    """Find the Popen or multiprocessing.Process that stands for a child, and has not collected it, where there is one."""
+    """Find the Popen or multiprocessing.Process that stands for a child and has not collected it, where one does."""
     found: dict[int, Any] = {}
     if not pids:
         return found

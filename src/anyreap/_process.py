@@ -297,10 +297,10 @@ async def start_process(
             if start.abandoned:
                 _kill(made[0])
         if service.orphans is not None:
-            service.orphans.starting.discard(number)
+            service.orphans.starting.pop(number, None)
         service.change()
 
-    start = Start(command, options, taken)
+    start = Start(command, options, taken, None if service.orphans is None else service.orphans.number)
     service.starting += 1
     try:
         service.spawner.submit(start)

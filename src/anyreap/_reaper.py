@@ -590,24 +590,43 @@ def open_reaper(
        (SIGKILL), does not stop the collecting, and is the exception that leaves.
     3. What outlives SIGKILL by five seconds is named: `StillRunning` if the body had returned, else a note on the
        exception that is leaving.
-    4. What was found is put back: SIGCHLD's handler with its flags, the wakeup fd, the open fds. It is per process: the
-       first reaper installs, the last one restores, in whatever order they close. What somebody else changed meanwhile
-       is left to them, with a warning.
+    4. What was found is put back: SIGCHLD's handler with its flags, the wakeup fd, the subreaper bit, the open fds. It
+       is per process: the first reaper installs, the last one restores, in whatever order they close. What somebody
+       else changed meanwhile is left to them, with a warning.
 
     A child that is only *watched* is neither waited for nor signalled.
+
+    With `subreaper`, descendants that lose their parent while the block is open are given to this process, and none
+    escapes, a daemon that has forked twice neither. A child that nobody handed in is *proven* an orphan by the tag that
+    `open_process` puts into the environment (`ANYREAP_FAMILY`, after those of other reapers), by the mark that each
+    owned child hands on to its descendants (a soft RLIMIT_LOCKS, which Linux doesn't use), or if it is older than a
+    list of our children that lacked it. Proven orphans are collected at once, with `orphan=True` in `exits()`. They
+    keep no block open: once the last owned child is gone, however the block is left, they are ended by the policy
+    `shutdown`, in rounds until none is left, within a bound. Whatever is not proven is never signalled; a zombie is
+    collected after `orphan_grace`. With several such reapers, each ends the orphans of its own children, and the last
+    one all others.
 
     Args:
         source: What wakes the reaper. `"sigchld"`: a self-pipe that a SIGCHLD handler writes to. `"pidfd"`: the
             pidfds of the children; where there are none, each child is looked at once in a heartbeat. `"auto"`:
             SIGCHLD where it can work (the main thread, trio or plain asyncio, not blocked, no handler installed
             from C), else pidfds.
-        shutdown: The default policy for owned children.
+        shutdown: The default policy for owned children, and that for orphans.
+        subreaper: Whether to collect orphaned descendants too (`man 2 PR_SET_CHILD_SUBREAPER`). Linux, with a /proc.
+            The setting is put back by the last one. As PID 1, where orphans come anyway, it is not touched.
+        orphan_grace: Seconds, 0 or more. How long a zombie that nobody handed in, and that is not proven an orphan, is
+            left to whoever may have started it. Then it is collected, unless a `Popen` or `multiprocessing.Process`
+            that is alive stands for it. So other code that leaves its own child, known by its pid only, uncollected
+            for longer **loses the status**: hand such children in, with `reap=False` if need be, or write `math.inf`:
+            never collected.
         heartbeat: Seconds, above 0. The period in which the reaper looks without having been woken: it bounds how
             late an exit is seen when the signal never comes, or a status is stolen from a child without a pidfd.
 
     Raises:
         SigchldUnavailable: On entering: the source can't work here, and what to write instead.
-        ValueError: `heartbeat` is not above 0, or `source` is unknown.
+        RuntimeError: `subreaper` can't work here: not Linux, or no /proc of this pid namespace; or, on entering, the
+            kernel refuses it.
+        ValueError: `heartbeat` is not above 0, `orphan_grace` is below 0 or NaN, or `source` is unknown.
         TypeError: `shutdown` is not a `Shutdown`.
         OSError: On entering: no descriptors for the pipe (EMFILE). Nothing was installed.
 

@@ -106,6 +106,7 @@ class Ladder:
         self._kill_at: dict[Watch, float] = {}
         self._killed_at: dict[Watch, float] = {}
         self._trouble: dict[int, str] = {}
+        self._given_up: list[Watch] | None = None
         self._taken = 0
         self._thorough = False
         self._orphans_until = self._orphans_given_up = math.inf
@@ -126,14 +127,17 @@ class Ladder:
                 if now >= look_at:
                     await self._look()
                     look_at, delay = now + delay, min(delay * 2, _LOOK_LAST)
-                if not self._left() and not await self._look_for_orphans(finally_=True):
-                    return {}
+                if not self._left() and not await self._look_for_orphans(certain=True):
+                    return self._survivors()
                 if not self._hurry and self._cancelled() > self._patience:
                     self._hurry, due = True, -math.inf
                 if now >= due or self._service.starting or self._news():
                     due, last = await self._step(now)
                     if last and now >= due:
-                        return self._survivors(self._rest())
+                        if self._family is not None or self._service.orphans is None:
+                            return self._survivors()
+                        self._given_up = self._owned()  # the orphans have to be ended all the same
+                        due = -math.inf
                 await self._pause(min(due, look_at, now + _COUNT))
             except self._loop.interrupts as exc:
                 self.interrupt = exc
@@ -141,13 +145,14 @@ class Ladder:
                 look_at, delay, due = -math.inf, _LOOK_FIRST, -math.inf
 
     def _left(self) -> bool:
-        if self._only is not None:
-            return self._only in self._service.owned or self._only in self._service.groups
-        return bool(self._service.owned or self._service.groups or self._service.starting or self._orphans())
+        return bool(self._rest() or (self._service.starting and self._given_up is None and self._only is None))
 
     def _rest(self) -> list[Watch]:
-        all_three = (*self._service.owned, *self._service.groups, *self._orphans())
-        return [watch for watch in all_three if self._only is None or watch is self._only]
+        return list(self._family.to_end()) if self._family is not None else self._owned()
+
+    def _owned(self) -> list[Watch]:
+        both = (*self._service.owned, *self._service.groups)
+        return [watch for watch in both if self._only is None or watch is self._only]
 
     # Orphans come last: who owned them, as far as anybody did, is given the time to end them himself. And they come in
     # rounds, for one that is ended may leave children behind. Each of them gets the first signal. But a family in which
@@ -156,24 +161,22 @@ class Ladder:
 
     @property
     def _family(self) -> Orphans | None:
+        """The orphans, once it is their turn."""
         service = self._service
-        busy = service.owned or service.groups or service.starting or self._only is not None
-        return None if busy else service.orphans
-
-    def _orphans(self) -> set[Watch]:
-        return set() if self._family is None else self._family.to_end()
+        busy = service.owned or service.groups or service.starting
+        return None if self._only is not None or (busy and self._given_up is None) else service.orphans
 
     def _news(self) -> bool:
         return self._family is not None and self._family.taken != self._taken
 
-    async def _look_for_orphans(self, *, finally_: bool = False) -> bool:
-        """Look whether there are new ones. Finally: until nothing is undecided; True if there are any left."""
+    async def _look_for_orphans(self, *, certain: bool = False) -> bool:
+        """Look whether there are new ones, to be certain until nothing is undecided. True if there is anybody left."""
         family = self._family
         while family is not None:
-            for _ in family.look(thorough=finally_ and not self._thorough):
+            for _ in family.look(thorough=certain and not self._thorough):
                 await self._pause(-math.inf)
-            if not finally_ or not family.undecided:
-                self._thorough |= finally_
+            if not certain or not family.undecided:
+                self._thorough |= certain
                 break
             await self._pause(self._loop.now() + _LOOK_FIRST)
         return self._left()
@@ -236,9 +239,9 @@ class Ladder:
         with anyio.CancelScope(shield=True, deadline=max(until, self._loop.now())):
             await self._service.changed.wait()
 
-    def _survivors(self, rest: list[Watch]) -> dict[int, str]:
+    def _survivors(self) -> dict[int, str]:
         pids = set()
-        for watch in rest:
+        for watch in {*self._owned(), *self._rest()}:
             if watch.record.status is None:
                 pids.add(watch.record.pid)
             if watch.policy.scope == "group":

@@ -37,9 +37,12 @@ _THREADS: Final = 4
 class Start:
     """One start: what to start, and what came of it."""
 
-    def __init__(self, command: Any, options: dict[str, Any], taken: Callable[[Start], None]) -> None:
+    def __init__(
+        self, command: Any, options: dict[str, Any], taken: Callable[[Start], None], mark: int | None = None
+    ) -> None:
         self.command = command
         self.options = options
+        self.mark = mark  # for a subreaper, see _orphans
         self.pid = -1
         self.pipes: dict[str, int] = {}
         self.error: BaseException | None = None
@@ -62,6 +65,8 @@ class Start:
                     options[name] = write if read_is_ours else read
                     theirs.append(options[name])
             popen = subprocess.Popen(self.command, bufsize=0, **options)
+            if self.mark is not None:  # here, as soon as can be: what it has started before is not marked
+                _kernel.mark(popen.pid, self.mark)
             self.pid = popen.pid
             # The reaper collects it. A Popen that thinks its child runs would do so too, whenever it is thrown away
             # and another one is made (subprocess._cleanup), and hit whoever has the pid then.

@@ -56,9 +56,10 @@ _W = TypeVar("_W", bound=Watcher)
 class Record(Generic[_W]):
     """One child.
 
-    `orphan`: it was not started by this process, but given to it. `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: somebody
+    `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: somebody
     has to end the process group that it leads. `held`: it leads a group whose number only its own zombie keeps from
-    being given away, so it is not collected before the group is gone.
+    being given away, so it is not collected before the group is gone. `orphan`: it was not started by this process, but
+    given to it.
     """
 
     __slots__ = (
