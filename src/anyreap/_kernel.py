@@ -472,8 +472,8 @@ def no_subreaper() -> str:
 
 
 def ticks() -> int:
-    """Now, on the clock and in the unit of a process's start time."""
-    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS)
+    """Now, on the clock and in the unit of a process's start time; 0 where there is none."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS) if _LINUX else 0
 
 
 def ticks_in(seconds: float) -> int:

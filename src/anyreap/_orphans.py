@@ -53,6 +53,9 @@ _SLICE: Final = 0.002
 # the new process is in the list, and may be interrupted in between.
 _MARGIN: Final = 0.05
 
+# When to judge again who can't be judged yet, in seconds.
+_SOON: Final = 0.01
+
 # How often an environment that is empty is read again: it is while a process is in the middle of its exec.
 _READINGS: Final = 3
 
@@ -84,7 +87,7 @@ class Orphans:
         # Two names of the same thing: for the environment, and for a limit that has to fit into 32 bits everywhere.
         self.number = 1 << 30 | int.from_bytes(os.urandom(4), "big") >> 2
         self.token = f"{os.getpid():x}-{self.number:x}"
-        self.starting: dict[int, int] = {}  # the starts that are going on: since when
+        self.starting: set[int] = set()
         self._started = 0
         self._strangers: dict[int, Stranger] = {}
         self._unjudged: set[int] = set()
@@ -147,16 +150,17 @@ class Orphans:
         pid, only the number says that it is no orphan.
         """
         self._started += 1
-        self.starting[self._started] = _kernel.ticks()
+        self.starting.add(self._started)
         tags = (os.environ if env is None else env).get(VARIABLE) or os.environ.get(VARIABLE, "")
         tagged = f"{tags} {self.token}.{self._started}".strip()
         return self._started, {**(os.environ if env is None else env), VARIABLE: tagged}
 
     def claim(self, pid: int) -> None:
         """Mark a child, and the descendants that it has."""
-        # Marked first, then asked for its children: those that it starts after that inherit the mark. So one that is
-        # marked already was dealt with, and however fast they fork, this ends.
-        todo = [pid]
+        # Marked first, then asked for its children: those that it starts after that inherit the mark. So a descendant
+        # that is marked already was dealt with, and however fast they fork, this ends.
+        _kernel.mark(pid, self.number)
+        todo = _kernel.children_of(pid)
         while todo:
             pid = todo.pop()
             if _kernel.mark(pid, self.number):
@@ -175,10 +179,12 @@ class Orphans:
         stranger.start = start
         mark, environment = _kernel.mark_of(pid), _kernel.environment_of(pid)
         tags = _tags(environment)
-        if self.token in tags:
-            return "soon" if tags[self.token] in self.starting else "kin"
+        if self.token in tags and tags[self.token] not in self.starting:
+            return "kin"
+        if start >= min(list(registry.starts.values()), default=math.inf):
+            return "soon"  # it may be the very child that is being started: it has the tag, and the mark, as well
         if mark == self.number:
-            return "soon" if start >= min(self.starting.values(), default=math.inf) else "kin"
+            return "kin"
         if any(mark == other.number or other.token in tags for other in _open):
             return "theirs"  # that reaper will find it, unless it is closed before
         if stranger.is_older_than_its_list():
@@ -242,29 +248,30 @@ class Orphans:
                 if record is None or not record.orphan:  # what another reaper has taken in may come to us yet
                     self._unjudged.discard(pid)
                 continue
+            # Who is not taken in, or left alone, is judged again: another reaper may have been faster, and another look
+            # may be going on while this one pauses.
             verdict = self._judge(pid, stranger)
-            if verdict == "kin":
-                self._take(pid, stranger, self._kin)
+            if verdict == "unproven" or (verdict == "kin" and self._take(pid, stranger, self._kin)):
+                self._unjudged.discard(pid)
             elif verdict == "stray":
                 strays[pid] = stranger
             elif verdict == "soon":
                 undecided = True
-                self._again_at = self._now()
-            if verdict not in ("soon", "theirs"):
-                self._unjudged.discard(pid)
+                self._again_at = self._now() + _SOON
             yield
         self.undecided = undecided
         # That a list is complete is as sure as the kernel's word for it. A Popen that says otherwise is believed.
         owners = owners_of(strays)
         for pid, stranger in strays.items():
-            if pid not in owners:
-                self._take(pid, stranger, self._strays)
-                yield
+            if pid in owners or self._take(pid, stranger, self._strays):
+                self._unjudged.discard(pid)
+            yield
         if self._grace < math.inf and _kernel.look_any() is not None:
             yield from self._look_at_the_dead()
         if self._service.closing and self._is_last:
-            for watch in self._strays:  # what they have started will have to be ended too
-                self.claim(watch.record.pid)
+            for watch in list(self._strays):  # what they have started will have to be ended too
+                if _kernel.mark(watch.record.pid, self.number):
+                    self.claim(watch.record.pid)
                 yield
 
     def _now(self) -> float:
@@ -291,6 +298,8 @@ class Orphans:
         due: dict[int, Stranger] = {}
         for pid, stranger in list(self._strangers.items()):
             yield
+            if pid in self._unjudged:
+                continue
             try:
                 dead = registry.find(pid) is None and _kernel.look(pid) is not None
             except OSError:

@@ -297,7 +297,7 @@ async def start_process(
             if start.abandoned:
                 _kill(made[0])
         if service.orphans is not None:
-            service.orphans.starting.pop(number, None)
+            service.orphans.starting.discard(number)
         service.change()
 
     start = Start(command, options, taken, None if service.orphans is None else service.orphans.number)

@@ -171,6 +171,7 @@ class Registry:
         self.lock = threading.RLock()
         self._table: Table[Link] = Table()
         self._pidfds: set[int] = set()
+        self.starts: dict[Any, int] = {}  # what is being started by a thread of ours, and since when (`_kernel.ticks`)
         self.homes: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def find(self, pid: int) -> Record[Link] | None:
@@ -436,6 +437,7 @@ class Registry:
         for pidfd in self._pidfds:
             os.close(pidfd)
         self._pidfds.clear()
+        self.starts.clear()
         self._table = Table()
 
 

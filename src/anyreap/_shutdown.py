@@ -37,6 +37,9 @@ ORPHANS_BOUND: Final = 20.0
 _LOOK_FIRST: Final = 0.005
 _LOOK_LAST: Final = 0.25
 
+# How often it looks again, at the end, for who could not be judged at once: a start that hangs must not hang this.
+_LOOKS: Final = 50
+
 # How often cancelled scopes are counted, in seconds: nothing tells of a second one.
 _COUNT: Final = 0.05
 
@@ -172,11 +175,13 @@ class Ladder:
     async def _look_for_orphans(self, *, certain: bool = False) -> bool:
         """Look whether there are new ones, to be certain until nothing is undecided. True if there is anybody left."""
         family = self._family
-        while family is not None:
+        for _ in range(_LOOKS):
+            if family is None:
+                break
             for _ in family.look(thorough=certain and not self._thorough):
                 await self._pause(-math.inf)
+            self._thorough |= certain
             if not certain or not family.undecided:
-                self._thorough |= certain
                 break
             await self._pause(self._loop.now() + _LOOK_FIRST)
         return self._left()

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from anyreap import _kernel
+from anyreap._registry import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,6 +54,7 @@ class Start:
     def run(self) -> None:
         """Start it. In a thread; does not raise."""
         theirs: list[int] = []
+        registry.starts[self] = _kernel.ticks()  # until somebody knows its pid, and has it
         try:
             options = dict(self.options)
             size = options.pop("pipesize", -1)
@@ -86,6 +88,7 @@ class Start:
     def take(self) -> None:
         """In the loop: adopt the child, and tell the task that asked."""
         self._taken(self)
+        registry.starts.pop(self, None)
         self.done.set()
 
     def undo(self) -> None:
@@ -93,6 +96,7 @@ class Start:
         self.close_pipes()
         if self.pid > 0:
             _kernel.end_now(self.pid)
+        registry.starts.pop(self, None)
 
 
 class Spawner:
