@@ -23,6 +23,7 @@ import resource
 import signal
 import struct
 import sys
+import time
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
@@ -437,6 +438,131 @@ def leads_group(pid: int) -> bool:
         return os.getpgid(pid) == pid
     except OSError:
         return False
+
+
+# Orphans -------------------------------------------------------------------------------------------------------------
+
+_RLIMIT_LOCKS: Final = 10
+_TICKS: Final[int] = os.sysconf("SC_CLK_TCK")
+
+
+def orphans_come_here() -> bool:
+    """Whether orphaned descendants are given to this process: it is a subreaper, or the init of its pid namespace."""
+    return os.getpid() == 1 or is_subreaper()
+
+
+def no_subreaper() -> str:
+    """Why this process can't find the orphans that it is given, in a sentence; "" if it can."""
+    if not _LINUX:
+        return "it takes PR_SET_CHILD_SUBREAPER, which only Linux has"
+    try:
+        shown = os.readlink("/proc/self")
+    except OSError:
+        shown = ""
+    if shown != str(os.getpid()):
+        return (
+            "it takes a /proc that shows the processes of this pid namespace, and there is none: mount one"
+            " (unshare --mount-proc)"
+        )
+    return ""
+
+
+def ticks() -> int:
+    """Now, on the clock and in the unit of a process's start time; 0 where there is none."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS) if _LINUX else 0
+
+
+def ticks_in(seconds: float) -> int:
+    """So many seconds in that unit, rounded up."""
+    return -int(-seconds * _TICKS // 1)
+
+
+def children() -> tuple[dict[int, bool], bool]:
+    """List our children, zombies too.
+
+    Returns:
+        Their pids, each with whether the first thread is its parent; and whether the list is complete. The kernel
+        walks while others change: where a child is collected, or a thread ends, the walk may skip somebody. If what
+        was listed first still stands in front, in the same order, when it is listed again, nothing of that happened.
+    """
+    first, again = _children_by_thread("self"), _children_by_thread("self")
+    if not again:  # a kernel without CONFIG_PROC_CHILDREN
+        return dict.fromkeys(_children_by_scan(), True), True
+    complete = first.keys() == again.keys() and all(again[task].startswith(first[task]) for task in first)
+    main = str(os.getpid())
+    found = {}
+    for listed in (again,) if complete else (first, again):
+        for task, line in listed.items():
+            found.update(dict.fromkeys(map(int, line.split()), task == main))
+    return found, complete
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of another process; none where the kernel does not list them."""
+    return [int(child) for line in _children_by_thread(pid).values() for child in line.split()]
+
+
+def _children_by_thread(pid: int | str) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb", buffering=0) as file:
+            found[task] = file.readall()
+    return found
+
+
+def _children_by_scan() -> list[int]:
+    mine = str(os.getpid())
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and stat_fields(int(name))[1:2] == [mine]]
+
+
+# A mark that can be put on a process from outside, that whatever it starts from then on inherits, across fork, exec,
+# setsid and setuid, and that can be read from anybody, a zombie too. The kernel has nothing that is made for it, and
+# one thing that serves: each process has a limit of file locks, which no Linux since 2.4.25 has looked at
+# (`man 2 getrlimit`). Only the soft limit is set; who wants to can set it back.
+
+
+def mark(pid: int, number: int) -> bool:
+    """Mark a process; False if it could not be, or was already.
+
+    It can't where it runs as another user and we lack CAP_SYS_RESOURCE.
+    """
+    try:
+        soft, hard = resource.prlimit(pid, _RLIMIT_LOCKS)
+        if soft != number:
+            resource.prlimit(pid, _RLIMIT_LOCKS, (number, hard))
+    except (OSError, ValueError):  # gone, not permitted, or a hard limit below it
+        return False
+    return soft != number
+
+
+def mark_of(pid: int) -> int:
+    """The mark of a process; 0 if it has none, or is gone."""
+    # From /proc and not with prlimit(2), which needs the right to set it.
+    try:
+        with open(f"/proc/{pid}/limits", "rb") as file:
+            for line in file:
+                if line.startswith(b"Max file locks"):
+                    soft = line.split()[3]
+                    return int(soft) if soft.isdigit() else 0
+    except OSError:
+        pass
+    return 0
+
+
+def environment_of(pid: int) -> bytes | None:
+    """The environment that a process was started with; None if it is not there, or not for us to read.
+
+    A zombie has none any more, and one that wrote its title over it has only what that left.
+    """
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read()
+    except OSError:
+        return None
 
 
 def fd_budget() -> int:

@@ -284,6 +284,9 @@ async def start_process(
         command = os.fspath(command)
     options = {**options, "shell": isinstance(command, (str, bytes))}
     made: list[Process] = []
+    number = 0
+    if service.orphans is not None:
+        number, options["env"] = service.orphans.begin(options["env"])
 
     def taken(start: Start) -> None:
         service.starting -= 1
@@ -293,9 +296,11 @@ async def start_process(
             made.append(_own(service, start, policy))
             if start.abandoned:
                 _kill(made[0])
+        if service.orphans is not None:
+            service.orphans.starting.discard(number)
         service.change()
 
-    start = Start(command, options, taken)
+    start = Start(command, options, taken, None if service.orphans is None else service.orphans.number)
     service.starting += 1
     try:
         service.spawner.submit(start)

@@ -171,7 +171,12 @@ class Registry:
         self.lock = threading.RLock()
         self._table: Table[Link] = Table()
         self._pidfds: set[int] = set()
+        self.starts: dict[Any, int] = {}  # what is being started by a thread of ours, and since when (`_kernel.ticks`)
         self.homes: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def find(self, pid: int) -> Record[Link] | None:
+        """The record of a child that is watched, by whichever reaper."""
+        return self._table.find(pid)
 
     def enter(self, pid: int, keeper: Keeper | None, by: Home) -> tuple[Record[Link], bool]:
         """Find or make the record of a child. Returns it, and whether the child has ended already.
@@ -442,6 +447,7 @@ class Registry:
         for pidfd in self._pidfds:
             os.close(pidfd)
         self._pidfds.clear()
+        self.starts.clear()
         self._table = Table()
 
 

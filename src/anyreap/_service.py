@@ -7,6 +7,8 @@ cancellation of the block, because the shutdown needs it most then, and is joine
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import os
 import signal
 import threading
@@ -21,6 +23,7 @@ from anyreap import _kernel, _sigchld
 from anyreap._errors import SigchldUnavailable
 from anyreap._finder import Finder, Origin
 from anyreap._loop import current_loop
+from anyreap._orphans import Orphans
 from anyreap._registry import Answer, registry
 from anyreap._spawner import Spawner
 from anyreap._table import State
@@ -53,7 +56,7 @@ _ABANDON: Final = 1.0
 class Watch:
     """One reaper's share in one child: who waits for it here, and whether it is to be collected and owned."""
 
-    __slots__ = ("__weakref__", "child", "home", "parked", "policy", "reap", "record", "told")
+    __slots__ = ("__weakref__", "child", "home", "orphan", "parked", "policy", "reap", "record", "told")
 
     def __init__(self, record: Record[Link], home: Service, *, reap: bool) -> None:
         self.record: Final = record
@@ -61,6 +64,7 @@ class Watch:
         self.reap = reap
         self.policy: Shutdown = home.shutdown
         self.told = State.RUNNING
+        self.orphan = False  # taken in, not handed in
         self.child: Child | None = None  # the handle, as long as the same one has to be returned again
         self.parked: list[Any] = []  # the tasks that wait, see `_loop`
 
@@ -82,7 +86,7 @@ class Watch:
 class Service:
     """One reaper, without its public face."""
 
-    def __init__(self, *, heartbeat: float, shutdown: Shutdown) -> None:
+    def __init__(self, *, heartbeat: float, shutdown: Shutdown, orphan_grace: float | None = None) -> None:
         self.heartbeat = heartbeat
         self.shutdown = shutdown
         self.loop = current_loop()
@@ -99,7 +103,8 @@ class Service:
         self._spawner: Spawner | None = None
         self.parked: list[Any] = []  # the tasks that wait for a change
         self.exits: list[MemoryObjectSendStream[ExitStatus]] = []
-        self.reaped = self.lost = self.wakeups = self.late = 0
+        self.reaped = self.orphans_reaped = self.lost = self.wakeups = self.late = 0
+        self.orphans = None if orphan_grace is None else Orphans(self, orphan_grace)  # None: no subreaper
         self._stopping = self._broken = self._left_behind = False
         self._stopped = anyio.Event()
         self._inbox: deque[Watch] = deque()
@@ -113,6 +118,8 @@ class Service:
             self.finder = Finder()
             try:
                 self._subscribe(source)
+                if self.orphans is not None:
+                    self.orphans.open()
                 fd = self._pipe.fileno()
                 if self.source == "pidfd" and self.finder.fileno() >= 0:
                     self.finder.also_wake_on(fd)
@@ -122,6 +129,8 @@ class Service:
                 registry.add(self)
             except BaseException:
                 _sigchld.unsubscribe(self._pipe)
+                if self.orphans is not None:
+                    self.orphans.close()
                 self.finder.close()
                 raise
         except BaseException:
@@ -201,6 +210,16 @@ class Service:
             for watch in list(self.owned):
                 registry.check(watch.record, self)
             time.sleep(0.001)
+        while self.orphans is not None and time.monotonic() < end:
+            deque(self.orphans.look(), maxlen=0)
+            if not self.orphans.to_end():
+                break
+            for watch in self.orphans.to_end():
+                registry.relink(watch)
+                with contextlib.suppress(OSError):
+                    registry.send(watch.record, signal.SIGKILL)
+                registry.check(watch.record, self)
+            time.sleep(0.001)
         left = sorted(watch.record.pid for watch in self.owned)
         self.release()
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -222,6 +241,8 @@ class Service:
                 watch.child = None
                 self.watches.discard(watch)
             registry.discard(self)
+        if self.orphans is not None:
+            self.orphans.close()
         self.owned.clear()
         self.groups.clear()
         while self.exits:
@@ -266,7 +287,8 @@ class Service:
             beat_at = self.loop.now() + self.heartbeat
             while True:
                 # The heartbeat is a period, not a timeout of idleness: other people's exits don't put it off.
-                woken = await self.loop.wait(min(beat_at, self.finder.next_retry()))
+                look_at = math.inf if self.orphans is None else self.orphans.next_look
+                woken = await self.loop.wait(min(beat_at, look_at, self.finder.next_retry()))
                 if self._stopping:
                     return
                 now = self.loop.now()
@@ -305,6 +327,11 @@ class Service:
                 if self._stopping:
                     return
                 began = time.monotonic()
+        if self.orphans is not None and self.orphans.is_due(now, hint=woken):
+            for _ in self.orphans.look():
+                await self.loop.checkpoint()
+                if self._stopping:
+                    return
         if beat:
             self._check_pipe()
         if beat or self._left_behind:
@@ -312,6 +339,36 @@ class Service:
         self.late += late
         if beat and self.source == "sigchld":
             _sigchld.refresh(late=late > 0)
+
+    def take_in(self, pid: int, start: int) -> Watch | None:
+        """Watch an orphan, to collect it; None if it is gone, or is being watched.
+
+        Args:
+            pid: Its pid.
+            start: When it was started, to tell it from another one that has its number by now; -1: unknown.
+        """
+        with registry.lock:
+            if registry.find(pid) is not None:
+                return None
+            try:
+                record, _ = registry.enter(pid, None, self)
+            except OSError:  # gone
+                return None
+            watch = Watch(record, self, reap=True)
+            watch.policy = dataclasses.replace(self.shutdown, scope="process")
+            watch.orphan = record.orphan = True
+            self.watches.add(watch)
+            registry.join(record, watch)
+            if start not in (-1, _kernel._start_time(pid)):
+                self.watches.discard(watch)
+                registry.leave(record, watch)
+                return None
+        return watch
+
+    def ask(self, watch: Watch) -> None:
+        """Ask for a child now, and, if it can't be collected yet, again soon."""
+        if registry.check(watch.record, self) is Answer.LATER:
+            self.finder.retry(watch.record, self.loop.now())
 
     def forget(self, watch: Watch) -> None:
         """Let go of a child that was observed, now that its owner has collected it."""
@@ -369,10 +426,14 @@ class Service:
             return
         self.watches.discard(watch)
         watch.child = None
+        if self.orphans is not None:
+            self.orphans.ended(watch)
+            self.change()
         if record.state is State.LOST:
-            self.lost += 1
+            self.lost += not watch.orphan
         elif watch.reap and record.status is not None:
-            self.reaped += 1
+            self.orphans_reaped += watch.orphan
+            self.reaped += not watch.orphan
             for stream in list(self.exits):
                 try:
                     stream.send_nowait(record.status)
@@ -414,6 +475,8 @@ class Service:
         elif watch.record.group:
             registry.let_go(watch.record, self)
         self.owned.add(watch)
+        if self.orphans is not None:
+            self.orphans.claim(watch.record.pid)
 
     def change(self) -> None:
         """Say that something was started or has ended."""
