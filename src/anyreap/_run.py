@@ -235,7 +235,7 @@ def _record(status: anyreap.ExitStatus | None, command: Command | None) -> dict[
 class _Run:
     """The commands, and all that happens to them."""
 
-    def __init__(self, options: _Options, log: IO[str] | None) -> None:
+    def __init__(self, options: _Options, log: IO[bytes] | None) -> None:
         self._options = options
         self._log = log
         self._first_failure = 0
@@ -284,6 +284,8 @@ class _Run:
                             running.start_soon(self._run_one, reaper, command)
             await followed.wait()
             await self._output.close(self._closing)
+            # All is said, and the process ends next: one Ctrl-C too many shall not end it with a traceback.
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
             self._around.cancel_scope.cancel()
 
     def _note(self) -> str:
@@ -422,8 +424,7 @@ class _Run:
         if self._log is None:
             return
         try:
-            self._log.write(json.dumps(record) + "\n")
-            self._log.flush()
+            self._log.write(json.dumps(record).encode() + b"\n")
         except OSError as exc:
             self._log = None
             self._say(f"can't write {self._options.json}: {exc.strerror}")
@@ -545,10 +546,10 @@ def main(argv: list[str]) -> int:
     _open_standard_descriptors()
     options = _parse(argv)
     with contextlib.ExitStack() as stack:
-        log: IO[str] | None = None
+        log: IO[bytes] | None = None
         if options.json is not None:
             try:
-                log = stack.enter_context(open(options.json, "w", encoding="utf-8"))
+                log = stack.enter_context(open(options.json, "wb", buffering=0))
             except OSError as exc:
                 os.write(2, f"anyreap run: can't write {options.json}: {exc.strerror}\n".encode(errors="replace"))
                 return 2

@@ -379,7 +379,7 @@ class Screen:
         mixed = [one for pair in itertools.zip_longest(of["failed"], of["running"]) for one in pair if one is not None]
         ranked = [*mixed, *of["stopped"], *of["waiting"], *of["ok"]]
         shown = [command for command in commands if command in ranked[: room - 1]]
-        more = Text(f"  … and {_in_words(ranked[room - 1 :])}", "dim")
+        more = Text(f"  … and {_in_words(ranked[room - 1 :])}", "dim", no_wrap=True, overflow="ellipsis")
         return Group(rule, self._table(shown, commands, columns, live=True), more)
 
     def _summary(self, commands: Sequence[Command], note: str) -> Text:
@@ -398,9 +398,11 @@ class Screen:
         every = zip(*(_HEADINGS, *(command.cells() for command in commands)), strict=True)
         widths = [max(least, *map(_cells, column)) for least, column in zip(_WIDTHS, every, strict=True)]
         widths[0] += 2  # the mark
+        while len(widths) > 2 and sum(widths) + 2 * len(widths) > columns:  # a narrow window shows less
+            widths.pop()
         left = columns - sum(widths) - 2 * len(widths)
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-        for heading, width in zip(_HEADINGS, widths, strict=True):
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", show_header=len(widths) > 2)
+        for heading, width in zip(_HEADINGS, widths, strict=False):
             table.add_column(heading, width=width, no_wrap=True, justify="right" if heading else "left")
         if left >= 12:
             table.add_column("", max_width=left, no_wrap=True)
@@ -409,7 +411,7 @@ class Screen:
             mark, style = _MARKS[command.state]
             name, how, *figures = command.cells()
             who = Text.assemble((mark or frame, style), " ", (name, command.style))
-            row: list[Text | str] = [who, Text(how, style), *figures]
+            row: list[Text | str] = [who, Text(how, style), *figures[: len(widths) - 2]]
             if left >= 12:
                 row.append(Text(command.text, "dim"))
                 partial = _ESCAPES.sub("", _tame(command.lines.partial)).strip()
