@@ -511,6 +511,10 @@ class Terminal:
         """Type something."""
         os.write(self._master, data)
 
+    def echoes(self) -> bool:
+        """Whether what is typed is shown."""
+        return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
+
     def rows(self) -> list[str]:
         """What is on the screen."""
         return [text.rstrip() for text, _ in self._lines[-self.height :]]
@@ -571,7 +575,7 @@ class Terminal:
 
 
 def test_a_table_is_shown_while_commands_run(tmp_path: Path) -> None:
-    """Below the output, what each command does; at the end, how each ended; the cursor is given back."""
+    """Below the output, what each command does; at the end, how each ended; the terminal is left as it was found."""
     first, second = Gate(tmp_path / "a"), Gate(tmp_path / "b")
     with Terminal("--names", "api,web", f"echo out; {first.wait}", f"{second.wait}; exit 3") as terminal:
         terminal.until("api │ out")
@@ -583,11 +587,14 @@ def test_a_table_is_shown_while_commands_run(tmp_path: Path) -> None:
         assert re.fullmatch(r". api  running +\d\.\d s +echo out; read x < .*…", api)
         assert re.fullmatch(r". web  running +\d\.\d s +read x < .*…", web)
         assert terminal.raw.rfind(b"\x1b[?25l") > terminal.raw.rfind(b"\x1b[?25h")
+        assert not terminal.echoes()
+        terminal.write(b"\n\n")  # an impatient Enter moves nothing
         second.open()
         terminal.until("exited with code 3")
         assert terminal.rows()[1].startswith("1 failed, 1 running · ")
         first.open()
         assert terminal.ended() == 3
+        assert terminal.echoes()
     output, rule, headings, api, web, summary, prompt = terminal.rows()
     assert output == "api │ out"
     assert rule == "─" * 80

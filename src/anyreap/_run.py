@@ -563,6 +563,6 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:  # it came before our own handler was there, or after
             return 128 + signal.SIGINT
         finally:
-            if run.screen is not None:  # a fault of ours must not leave a terminal without a cursor
-                os.write(2, run.screen.erase().encode())
+            if run.screen is not None:  # a fault of ours must not leave a terminal without cursor and echo
+                os.write(2, run.screen.leave().encode())
         return run.code

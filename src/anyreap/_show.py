@@ -15,6 +15,7 @@ import os
 import re
 import select
 import sys
+import termios
 import time
 import unicodedata
 from operator import itemgetter
@@ -309,6 +310,7 @@ class Screen:
 
         self._console = Console(file=sys.stderr, force_terminal=True, highlight=False, markup=False, emoji=False)
         self._on_screen: list[int] = []  # the widths of the lines of the table
+        self._found: list[Any] | None = None  # how the terminal was, while it does not echo
         self.encoding = self._console.encoding
 
     def prefix(self, name: str, style: str, bar: str) -> str:
@@ -317,7 +319,25 @@ class Screen:
 
         return self._lines(Text(f"{name} {bar}", style), 1000)[0] + " "
 
-    def erase(self) -> str:
+    def _echo(self, *, on: bool) -> None:
+        # An Enter that is echoed moves the cursor, and the table would be drawn anew where it is not.
+        if on == (self._found is None) or not self._in_foreground():  # from the background it would stop us (SIGTTOU)
+            return
+        with contextlib.suppress(termios.error):
+            if on:
+                termios.tcsetattr(2, termios.TCSANOW, self._found or [])
+                self._found = None
+            else:
+                self._found = termios.tcgetattr(2)
+                silent = [*self._found[:3], self._found[3] & ~termios.ECHO, *self._found[4:]]
+                termios.tcsetattr(2, termios.TCSANOW, silent)
+
+    def leave(self) -> str:
+        """Take the table away, and leave the terminal as it was."""
+        self._echo(on=True)
+        return self._erase()
+
+    def _erase(self) -> str:
         """Go to where the table begins, and clear from there."""
         if not self._on_screen:
             return ""
@@ -330,14 +350,15 @@ class Screen:
 
     def draw(self, output: str, commands: Sequence[Command], note: str) -> str:
         """Put output above the table, and draw the table anew."""
-        erased = self.erase()
+        erased = self._erase()
         lines: list[str] = []
         if self._in_foreground():
+            self._echo(on=False)
             columns, rows = self._window()
             lines = self._lines(self._live(commands, note, columns, rows), columns)
         self._on_screen = [_cells(_ESCAPES.sub("", line)) for line in lines]
         # 2026: a terminal that knows it shows all of this at once. 25: without a cursor that runs about. It is left at
-        # the beginning of a line, where a "^C" that is echoed does not wrap.
+        # the beginning of the last line, which is where it stays when that line is wrapped.
         table = "\x1b[?25l" + "\n".join(lines) + "\r" if lines else ""
         return "\x1b[?2026h" + erased + output + table + "\x1b[?2026l"
 
@@ -346,7 +367,7 @@ class Screen:
         from rich.console import Group  # noqa: PLC0415
         from rich.rule import Rule  # noqa: PLC0415
 
-        erased = self.erase()
+        erased = self.leave()
         columns, rows = self._window()
         shown = list(commands)
         if len(shown) > rows - 5:  # the end is what is seen of a long one
@@ -561,5 +582,5 @@ class Output:
             yield
             return
         async with self._lock:
-            await self._write(2, self._screen.erase())
+            await self._write(2, self._screen.leave())
             yield
