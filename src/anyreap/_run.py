@@ -290,7 +290,10 @@ class _Run:
 
     def _note(self) -> str:
         note = duration(time.monotonic() - self._began, runs=True)
-        if self._stop.cancel_called and any(command.state == "running" for command in self._commands):
+        running = any(command.state == "running" for command in self._commands)
+        if self._options.tree and not running:
+            note += " · ending what has escaped"
+        if self._stop.cancel_called and running:
             left = math.inf if self._hurried else self._kill_at - time.monotonic()
             note += f" · SIGKILL in {max(0, math.ceil(left))} s" if left < math.inf else ""
             note += " · Ctrl-C again: at once" if self._ended_by and not self._hurried else ""

@@ -240,8 +240,9 @@ class Command:
 
     def __str__(self) -> str:
         name, how, wall, cpu, memory = self.cells()
+        took = f" after {wall}" if wall else ""
         used = f" (CPU {cpu}, peak {memory})" if cpu else ""
-        return f"{name}: {how} after {wall}{used}"
+        return f"{name}: {how}{took}{used}"
 
 
 def peak(usage: resource.struct_rusage, floor: int) -> tuple[int, bool]:
