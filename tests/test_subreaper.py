@@ -989,7 +989,7 @@ def test_other_systems_have_no_subreaper(monkeypatch: pytest.MonkeyPatch) -> Non
 async def test_sandbox_that_refuses_leaves_nothing_installed(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel or sandbox that refuses is a RuntimeError on entering, and all is as it was."""
 
-    def refuse(_: bool) -> None:
+    def refuse(*, on: bool) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(_kernel, "set_subreaper", refuse)
