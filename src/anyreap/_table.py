@@ -55,9 +55,9 @@ _W = TypeVar("_W", bound=Watcher)
 class Record(Generic[_W]):
     """One child.
 
-    `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: somebody
-    has to end the process group that it leads. `held`: it leads a group whose number only its own zombie keeps from
-    being given away, so it is not collected before the group is gone.
+    `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: the ids of
+    those who have to end the process group that it leads. `held`: it leads a group whose number only its own zombie
+    keeps from being given away, so it is not collected before the group is gone.
     """
 
     __slots__ = (
@@ -85,7 +85,7 @@ class Record(Generic[_W]):
         self.glimpse: int | None = None
         self.why = ""
         self.tries = 0
-        self.group = False
+        self.group: frozenset[int] = frozenset()
         self.held = False
         self.watchers: list[_W] = []
 
