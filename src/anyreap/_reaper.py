@@ -156,7 +156,8 @@ class Reaper:
                 registry.join(record, watch)
             if reap and not watch.reap:
                 watch.reap = True
-                if record.state is State.OBSERVED:  # all who wait have been told
+                if record.state is State.OBSERVED:
+                    watch.settle()  # who waits already: that another thread has seen it end may be on its way still
                     watch.event = None  # who waits from now on waits for the collection
             if changed:
                 service.finder.hand_in(record)
