@@ -662,6 +662,69 @@ async def test_policy_that_is_replaced(source: Any, pidfds: bool, stray: list[in
     assert children() == set()
 
 
+async def test_leader_that_was_observed_before(source: Any, pidfds: bool) -> None:
+    """Adopting a leader that was seen to end before, and is a zombie still, keeps no block open: its group is empty."""
+    with anyio.fail_after(BOUND):
+        async with open_reaper(source) as reaper:
+            popen = subprocess.Popen(["/bin/sh", "-c", "exit 3"], process_group=0)
+            child = reaper.watch(popen, reap=False)
+            await child.wait()
+            assert reaper.adopt(popen, shutdown=PATIENT) is child
+        assert popen.returncode == 3
+        assert children() == set()
+
+
+async def test_policy_that_is_replaced_when_the_leader_has_ended(
+    source: Any, no_pidfds: None, stray: list[int]
+) -> None:
+    """A leader that stands for its group is collected once it is to be ended alone; the block waits for nobody then."""
+    with anyio.fail_after(BOUND):
+        async with open_reaper(source) as reaper:
+            process, (member,) = await started(reaper, f"{OBEDIENT} read x; exit 3", 1)
+            stray.append(member)
+            assert process.stdin is not None
+            await process.stdin.send(b"\n")
+            assert await process.wait() == 3
+            assert is_zombie(process.pid)
+            reaper.adopt(process.pid, shutdown=anyreap.Shutdown(grace=3600))
+        assert children() == set()
+        assert not gone(member)
+
+
+@pytest.mark.parametrize("first", ["group", "process"])
+async def test_two_reapers_with_two_policies(source: Any, pidfds: bool, first: str, stray: list[int]) -> None:
+    """Of two nested reapers one owns a leader alone, the other with its group: each goes by its own policy. The inner
+    block is left at once when the leader has ended, and the outer one ends the member.
+    """
+    popen = subprocess.Popen(
+        ["/bin/sh", "-c", f"{OBEDIENT} read x; exit 3"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        process_group=0,
+        bufsize=0,
+    )
+    assert popen.stdin is not None
+    assert popen.stdout is not None
+    member = int(popen.stdout.readline())
+    stray.append(member)
+    alone = anyreap.Shutdown(grace=3600)
+    with anyio.fail_after(BOUND):
+        async with open_reaper(source) as outer:
+            async with open_reaper(source) as inner:
+                if first == "group":
+                    outer.adopt(popen)
+                    inner.adopt(popen, shutdown=alone)
+                else:
+                    inner.adopt(popen, shutdown=alone)
+                    outer.adopt(popen)
+                popen.stdin.close()
+                popen.stdout.close()
+            assert not gone(member)
+        assert gone(member)
+    assert popen.returncode == 3
+    assert children() == set()
+
+
 async def test_group_of_another(source: Any) -> None:
     """A child that is to be ended with its group, and put into that of another, is a ValueError; nothing is started."""
     async with open_reaper(source) as reaper:

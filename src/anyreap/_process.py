@@ -143,9 +143,9 @@ class Process(anyio.abc.Process):
         Raises:
             StillRunning: Members of its group outlived SIGKILL.
         """
-        self.close_pipes()
         watch = self._watch
-        watch.home.check_use(closed_is_fine=True)
+        watch.home.check_use(closed_is_fine=True)  # first: in a forked child the loop's epoll is the parent's too
+        self.close_pipes()
         try:
             with contextlib.suppress(StatusLost):  # it has ended; how, is for `wait` to say
                 await self.wait()

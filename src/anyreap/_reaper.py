@@ -157,7 +157,10 @@ class Reaper:
                 registry.join(record, watch)
             elif watch.child is None and not record.ended:  # an orphan that was taken in before it is handed in
                 watch.child = Child._of(watch)
-            watch.reap = watch.reap or reap  # who waits from now on waits for the collection, if it has been observed
+            if reap and not watch.reap:
+                watch.reap = True  # who waits from now on waits for the collection
+                if record.state is State.OBSERVED:
+                    watch.settle()  # who waits already: that another thread has seen it end may be on its way still
             if changed:
                 service.finder.hand_in(record)
         if changed:

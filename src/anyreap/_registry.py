@@ -235,9 +235,10 @@ class Registry:
     def leave(self, record: Record[Link], watch: Any) -> None:
         """Let a reaper stop watching a child that has not ended."""
         watch.home.finder.drop(record)
+        self._unlead(watch)
         gone = [link for link in record.watchers if link.watch() in (None, watch)]
         if not record.ended and [self._table.leave(record, link) for link in gone][-1:] == [True]:
-            record.group = record.held = False
+            record.group, record.held = frozenset(), False
             self._close_pidfd(record)
 
     def _is_current(self, record: Record[Link], by: Home) -> bool:
@@ -364,15 +365,20 @@ class Registry:
                 record.watchers.remove(link)
         self._close_pidfd(record)
 
-    def lead(self, record: Record[Link]) -> None:
-        """Have the group that a child leads outlive it here, for somebody who will end it.
+    def lead(self, watch: Any) -> None:
+        """Have the group that a child leads outlive it here, for a reaper that will end it.
 
         Its number must not be given away. Through a pidfd it is named for ever, and the leader collected as always;
         without one the leader is held.
         """
         with self.lock:
-            record.group = True
+            record = watch.record
+            record.group |= {id(watch)}
             record.held = record.pidfd < 0 or not _kernel.groups_usable()
+
+    def _unlead(self, watch: Any) -> None:
+        watch.record.group -= {id(watch)}
+        watch.record.held &= bool(watch.record.group)
 
     def send_group(self, record: Record[Link], signum: int) -> bool:
         """Signal the group of a child; False, and nothing sent, if there is none, or none that is surely its own."""
@@ -397,10 +403,13 @@ class Registry:
         except PermissionError:
             return True
 
-    def let_go(self, record: Record[Link], by: Home) -> None:
-        """Its group is gone, given up: collect a leader that was held, close a pidfd that was kept."""
+    def let_go(self, watch: Any, by: Home) -> None:
+        """Its group is gone, or given up here: collect a leader that was held, close a pidfd that was kept, unless
+        another reaper has to end that group.
+        """
         with self.lock:
-            record.group = record.held = False
+            record = watch.record
+            self._unlead(watch)
             if record.ended:
                 self._close_pidfd(record)
             elif record.state is State.OBSERVED:

@@ -233,7 +233,7 @@ class Service:
         unused = _sigchld.unsubscribe(self._pipe)  # first: from now on no handler writes into the pipe
         self.loop.close()
         for watch in list(self.groups):  # while it is watched: a leader that was held is collected now
-            registry.let_go(watch.record, self)
+            registry.let_go(watch, self)
         with registry.lock:
             for watch in list(self.watches):
                 registry.leave(watch.record, watch)
@@ -410,14 +410,15 @@ class Service:
     def tell(self, watch: Watch) -> None:
         """Wake the tasks that wait for a child, and count it. The second time does nothing."""
         record = watch.record
-        if watch.told is record.state:
+        over = watch in self.owned and (record.ended or record.held)  # also of one that was told before it was owned
+        if watch.told is record.state and not over:
             return
         if watch.parked and watch.settled:
             watch.settle()
         self.processes.pop(watch, None)
-        if watch in self.owned and (record.ended or record.held):
+        if over:
             self.owned.discard(watch)
-            if record.group:
+            if id(watch) in record.group:
                 self.groups.add(watch)
                 self._left_behind = True
             self.change()
@@ -461,7 +462,7 @@ class Service:
         for watch in list(self.groups):
             if watch.record not in alive:
                 self.groups.discard(watch)
-                registry.let_go(watch.record, self)
+                registry.let_go(watch, self)
                 self.change()
 
     def own(self, watch: Watch, policy: Shutdown | None) -> None:
@@ -470,11 +471,12 @@ class Service:
             watch.policy = policy or self.shutdown
         if watch.record.ended:
             return
+        self.owned.add(watch)  # first: a leader that was held is collected when it is let go
+        self.groups.discard(watch)
         if watch.policy.scope == "group":
-            registry.lead(watch.record)
-        elif watch.record.group:
-            registry.let_go(watch.record, self)
-        self.owned.add(watch)
+            registry.lead(watch)
+        elif id(watch) in watch.record.group:
+            registry.let_go(watch, self)
         if self.orphans is not None:
             self.orphans.claim(watch.record.pid)
 

@@ -56,10 +56,10 @@ _W = TypeVar("_W", bound=Watcher)
 class Record(Generic[_W]):
     """One child.
 
-    `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: somebody
-    has to end the process group that it leads. `held`: it leads a group whose number only its own zombie keeps from
-    being given away, so it is not collected before the group is gone. `orphan`: it was not started by this process, but
-    given to it.
+    `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: the ids of
+    those who have to end the process group that it leads. `held`: it leads a group whose number only its own zombie
+    keeps from being given away, so it is not collected before the group is gone. `orphan`: it was not started by this
+    process, but given to it.
     """
 
     __slots__ = (
@@ -88,7 +88,7 @@ class Record(Generic[_W]):
         self.glimpse: int | None = None
         self.why = ""
         self.tries = 0
-        self.group = False
+        self.group: frozenset[int] = frozenset()
         self.held = False
         self.orphan = False
         self.watchers: list[_W] = []
