@@ -6,6 +6,7 @@ Nothing tells when a process has changed its state, so states are waited for by 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import pty
@@ -93,6 +94,11 @@ class Started:
         """The next line on its stdout."""
         assert self.popen.stdout is not None
         return str(self.popen.stdout.readline().decode().rstrip("\n"))
+
+    def error(self) -> str:
+        """The next line on its stderr."""
+        assert self.popen.stderr is not None
+        return str(self.popen.stderr.readline().decode().rstrip("\n"))
 
     def ready(self) -> int:
         """Wait for the command to be ready. Returns its pid."""
@@ -259,19 +265,19 @@ def test_nothing_can_be_started() -> None:
 
 # How the command starts ----------------------------------------------------------------------------------------------
 
-# Starts a program with signals ignored and blocked.
+# Starts a program with these signals ignored, and these blocked, and no others.
 BEGIN = """
 import os, signal, sys
 ignored, blocked = ({int(n) for n in arg.split(",") if n} for arg in sys.argv[1:3])
-for signum in ignored:
-    signal.signal(signum, signal.SIG_IGN)
+for signum in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+    signal.signal(signum, signal.SIG_IGN if signum in ignored else signal.SIG_DFL)
 signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 os.execv(sys.argv[3], sys.argv[3:])
 """
 
 
 def begin(ignored: Iterable[int], blocked: Iterable[int]) -> list[str]:
-    """A wrapper that starts a program with signals ignored and blocked."""
+    """A wrapper that starts a program with these signals ignored, and these blocked, and no others."""
     return [*PYTHON, BEGIN, *(",".join(str(int(signum)) for signum in each) for each in (ignored, blocked))]
 
 
@@ -345,7 +351,7 @@ def test_every_signal_is_passed_on(group: list[str]) -> None:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_ends_a_command_without_a_handler(signum: int) -> None:
     """The default action of a signal is the command's: it ends by it, and init with 128+n."""
-    with init("-s", "sh", "-c", "echo ready $$; exec sleep 3600") as started:
+    with Started(*begin([], []), *INIT, "-s", "sh", "-c", "echo ready $$; exec sleep 3600") as started:
         started.ready()
         started.send(signum)
         assert started.finish() == (128 + signum, "", "")
@@ -364,9 +370,11 @@ def test_rewritten_signals() -> None:
         assert started.line() == str(int(signal.SIGUSR2))
 
 
-def test_a_signal_before_the_group_is_there() -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_before_the_group_is_there(signum: int) -> None:
     """With -g, a signal that comes before the command's group is there reaches the command once it is."""
     script = """
+        import os, sys
         from anyreap import _init
         real = os.setsid
         def late():
@@ -375,15 +383,13 @@ def test_a_signal_before_the_group_is_there() -> None:
         os.setsid = late
         sys.exit(_init.main(["-sgvv", "--", "sleep", "3600"]))
     """
-    code = f"import os, sys\n{textwrap.dedent(script)}"
-    with Started(sys.executable, "-c", code) as started:
-        assert started.popen.stderr is not None
-        assert "started sleep" in started.popen.stderr.readline().decode()
-        started.send(signal.SIGTERM)
-        assert "SIGTERM has come" in started.popen.stderr.readline().decode()
-        assert "SIGTERM goes to the group" in started.popen.stderr.readline().decode()
+    with Started(*begin([], []), sys.executable, "-c", textwrap.dedent(script)) as started:
+        assert "started sleep" in started.error()
+        started.send(signum)
+        assert "has come" in started.error()
+        assert "goes to the group" in started.error()
         started.open()
-        assert started.finish()[0] == 128 + signal.SIGTERM
+        assert started.finish()[0] == 128 + signum
 
 
 def test_nobody_reads_what_it_says() -> None:
@@ -410,6 +416,7 @@ def test_a_sigpipe_of_somebody_else() -> None:
 def test_a_command_that_it_may_not_signal() -> None:
     """A command that has become another user can't be signalled. That is said, and no reason to end."""
     script = """
+        import os, sys
         from anyreap import _init
         real = os.fork
         def fork():
@@ -420,24 +427,35 @@ def test_a_command_that_it_may_not_signal() -> None:
         os.fork = fork
         sys.exit(_init.main(["-s", "--", "sh", "-c", "echo ready $$; read x; exit 5"]))
     """
-    with Started(sys.executable, "-c", f"import os, sys\n{textwrap.dedent(script)}") as started:
+    with Started(sys.executable, "-c", textwrap.dedent(script)) as started:
         command = started.ready()
         started.send(signal.SIGUSR1)
-        assert started.popen.stderr is not None
-        expected = f"anyreap init: SIGUSR1 could not be sent to {command}: Operation not permitted\n"
-        assert started.popen.stderr.readline().decode() == expected
+        said = f"anyreap init: SIGUSR1 could not be sent to {command}: Operation not permitted"
+        assert started.error() == said
         started.open()
         assert started.finish() == (5, "", "")
 
 
 def test_parent_death() -> None:
     """-p SIGNAL is passed on when the parent of init ends."""
-    script = '"$@" & read x'
-    inner = [*INIT, "-s", "-p", "USR1", "--", *TELLS]
-    with init("-s", "sh", "-c", script, "sh", *inner) as outer:  # the outer one collects the inner one
+    parent = '"$@" & read x'
+    script = 'sh -c "$0" sh "$@"; exec sleep 3600'
+    inner = (*INIT, "-s", "-p", "USR1", "--", *TELLS)
+    with init("-s", "sh", "-c", script, parent, *inner) as outer:  # which collects the inner one
         outer.ready()
         outer.open()
-        assert outer.line() == str(int(signal.SIGUSR1))
+        assert outer.line() == "10"
+
+
+def test_a_stopped_command() -> None:
+    """A command that is stopped by somebody else, without a terminal, does not stop init: it may have orphans."""
+    with Started(*begin([], []), *INIT, "-s", "sh", "-c", "echo ready $$; exec sleep 3600") as started:
+        command = started.ready()
+        os.kill(command, signal.SIGTSTP)
+        until(lambda: state_of(command) == "T")
+        started.send(signal.SIGTERM)
+        os.kill(command, signal.SIGCONT)
+        assert started.finish() == (128 + signal.SIGTERM, "", "")
 
 
 # Groups --------------------------------------------------------------------------------------------------------------
@@ -687,10 +705,11 @@ def test_job_control() -> None:
         # cat reads from a terminal that is not its own, and is stopped. The shell must learn of that.
         until(lambda: state_of(cat) == "T" == state_of(pid))
         assert shell.foreground() == shell.pid
-        for _ in range(2):
+        ctrl_z = functools.partial(shell.write, "\x1a")
+        for stop in (ctrl_z, functools.partial(os.kill, pid, signal.SIGTSTP), ctrl_z):
             shell.write("fg\n")
             until(lambda: shell.foreground() == cat and "T" not in state_of(cat) + state_of(pid))
-            shell.write("\x1a")
+            stop()
             until(lambda: state_of(cat) == "T" == state_of(pid) and shell.foreground() == shell.pid)
         shell.write("fg\n")
         until(lambda: shell.foreground() == cat)

@@ -654,6 +654,15 @@ def test_all_names_what_is_exported() -> None:
     }
 
 
+def test_names_are_there_before_their_first_use() -> None:
+    """The names are imported when they are used, and known before; one that is none is an AttributeError."""
+    assert set(anyreap.__all__) <= set(dir(anyreap))
+    script = "import anyreap; assert set(anyreap.__all__) <= set(dir(anyreap)); from anyreap import *; ExitStatus, wait"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = anyreap.nonsense  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("module", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
 def test_public_object(module: types.ModuleType, name: str) -> None:
     """Every public object names the module that users import it from, and has a docstring with an
