@@ -500,7 +500,8 @@ class Terminal:
         self._master, slave = pty.openpty()
         self.resize(columns, rows)
         take = f"import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{launch}"
-        env = {"PATH": os.environ["PATH"], "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environ}
+        env = {name: value for name, value in os.environ.items() if not re.search("COLO|COLUMNS|LINES|TERM|TTY", name)}
+        env |= {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environ}
         self._process = subprocess.Popen(
             argv(*args, launch=take), stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=env
         )
