@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 BOUND = 20  # seconds; who needs them has failed
 LAUNCH = "import sys; from anyreap._run import main; sys.exit(main(sys.argv[1:]))"
 WITHOUT_RICH = "import sys; sys.modules['rich'] = None; sys.modules['rich.console'] = None;" + LAUNCH
+# The tests themselves may run under nohup(1), or in the background of a shell without job control.
+HEARING = "from signal import *\nfor n in (SIGINT, SIGHUP, SIGQUIT, SIGTSTP): signal(n, SIG_DFL)\n"
 ENDLESS = "sleep 3600"
 
 
 def argv(*args: str, launch: str = LAUNCH) -> list[str]:
     """How to start it."""
-    return [sys.executable, "-W", "error", "-c", launch, *args]
+    return [sys.executable, "-W", "error", "-c", HEARING + launch, *args]
 
 
 def run(*args: str, launch: str = LAUNCH, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -498,7 +500,8 @@ class Terminal:
         self._master, slave = pty.openpty()
         self.resize(columns, rows)
         take = f"import fcntl, termios\nfcntl.ioctl(0, termios.TIOCSCTTY, 0)\n{launch}"
-        env = {"PATH": os.environ["PATH"], "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environ}
+        env = {name: value for name, value in os.environ.items() if not re.search("COLO|COLUMNS|LINES|TERM|TTY", name)}
+        env |= {"TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environ}
         self._process = subprocess.Popen(
             argv(*args, launch=take), stdin=slave, stdout=slave, stderr=slave, start_new_session=True, env=env
         )

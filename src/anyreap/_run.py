@@ -22,6 +22,7 @@ import shlex
 import signal
 import stat
 import subprocess
+import sys
 import time
 from typing import IO, TYPE_CHECKING, Any, Final
 
@@ -141,6 +142,8 @@ def _parse(argv: Sequence[str]) -> _Options:
     if not commands:
         parser.error("no command: write each as one argument, or one program with its arguments after --")
     names = None if given.names is None else tuple(printable(name) for name in given.names.split(","))
+    if given.tree and sys.platform != "linux":
+        parser.error("--tree needs Linux (man 2 PR_SET_CHILD_SUBREAPER)")
     if names is not None and len(names) != len(commands):
         parser.error(f"--names has {len(names)} for {len(commands)} commands: one for each, with commas in between")
     return _Options(
@@ -274,14 +277,16 @@ class _Run:
             self._around.start_soon(self._stop_with_the_job)
             if self._options.timeout < math.inf:
                 self._around.start_soon(self._end_in_time)
-            with self._at_once, self._stop:
-                async with anyreap.open_reaper(shutdown=self._options.shutdown, **subreaper) as reaper:
-                    exits = reaper.exits()
-                    followed = anyio.Event()
-                    self._around.start_soon(self._follow, exits, followed)
-                    async with anyio.create_task_group() as running:
-                        for command in self._commands:
-                            running.start_soon(self._run_one, reaper, command)
+            followed = anyio.Event()
+            try:
+                with self._at_once, self._stop:
+                    async with anyreap.open_reaper(shutdown=self._options.shutdown, **subreaper) as reaper:
+                        self._around.start_soon(self._follow, reaper.exits(), followed)
+                        async with anyio.create_task_group() as running:
+                            for command in self._commands:
+                                running.start_soon(self._run_one, reaper, command)
+            except anyreap.StillRunning as exc:
+                self._say(str(exc))
             await followed.wait()
             await self._output.close(self._closing)
             # All is said, and the process ends next: one Ctrl-C too many shall not end it with a traceback.
