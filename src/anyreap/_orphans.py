@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 # The environment variable that holds the tags, of each reaper around a child one, with a blank between them.
 VARIABLE: Final = "ANYREAP_FAMILY"
 
-# Looks are far enough from each other to take this part of the time at most, where thousands of children make each of
-# them long (2.5 ms at 4,000); and never closer than the pause, in seconds.
+# Looks are far enough from each other to take this part of a processor, where thousands of children make each of them
+# long (2.5 ms at 4,000), as far as the heartbeat allows; and never closer than the pause, in seconds. What is done once
+# for each newcomer does not count: were it put off, there would be more of them next time.
 _SHARE: Final = 1 / 20
 _PAUSE: Final = 0.005
 
@@ -95,7 +96,9 @@ class Orphans:
         self._kin: set[Watch] = set()
         self._strays: set[Watch] = set()
         self.taken = 0  # how many were alive then
+        self._useful = 0.0
         self.undecided = False  # whether the last look left somebody to be judged soon
+        self._going_on: Iterator[None] | None = None
         self._hinted = False
         self._beat_at = self._pause_until = self._again_at = -math.inf
 
@@ -194,19 +197,24 @@ class Orphans:
 
     # Looking ------------------------------------------------------------------------------------------------------
 
-    def is_due(self, now: float, *, hint: bool) -> bool:
-        """Whether it is time to look.
+    def go_on(self, now: float, *, hint: bool) -> None:
+        """Look for a slice of time, if it is time to look. The rest has to wait for the next call: so have others.
 
         Args:
             now: The time on the loop's clock.
             hint: Whether something has happened: who is orphaned is so because some process has ended.
         """
         self._hinted |= hint
-        return now >= self.next_look
+        if self._going_on is None and now >= self.next_look:
+            self._going_on = self.look()
+        if self._going_on is not None and next(self._going_on, self) is self:
+            self._going_on = None
 
     @property
     def next_look(self) -> float:
-        """When to look again, on the loop's clock."""
+        """When to go on, on the loop's clock."""
+        if self._going_on is not None:
+            return -math.inf
         wanted = -math.inf if self._hinted else min(self._beat_at, self._again_at)
         return max(wanted, self._pause_until)
 
@@ -219,19 +227,19 @@ class Orphans:
         # Before, not after: what happens from here on is a reason to look once more.
         self._hinted = False
         self._again_at = math.inf
-        spent, began = 0.0, time.monotonic()
+        self._useful = 0.0
+        spent, began, cpu = 0.0, time.monotonic(), time.thread_time()
         for _ in self._look(thorough=thorough):
-            now = time.monotonic()
-            if now - began > _SLICE:
-                spent += now - began
+            if time.monotonic() - began > _SLICE:
+                spent += time.thread_time() - cpu
                 yield
-                began = time.monotonic()
-        spent += time.monotonic() - began
+                began, cpu = time.monotonic(), time.thread_time()
+        spent += time.thread_time() - cpu - self._useful
         now = self._now()
-        self._pause_until = now + max(spent / _SHARE, _PAUSE)
         # Twice in a heartbeat: once may be a moment late, and no pidfd and no signal tells of an orphan that was never
         # seen alive.
         self._beat_at = now + self._service.heartbeat / 2
+        self._pause_until = min(now + max(spent / _SHARE, _PAUSE), self._beat_at)
 
     def _look(self, *, thorough: bool) -> Iterator[None]:
         self._list()
@@ -250,7 +258,9 @@ class Orphans:
                 continue
             # Who is not taken in, or left alone, is judged again: another reaper may have been faster, and another look
             # may be going on while this one pauses.
+            began = time.thread_time()
             verdict = self._judge(pid, stranger)
+            self._useful += time.thread_time() - began
             if verdict == "unproven" or (verdict == "kin" and self._take(pid, stranger, self._kin)):
                 self._unjudged.discard(pid)
             elif verdict == "stray":
@@ -327,6 +337,7 @@ class Orphans:
     # Taking in ----------------------------------------------------------------------------------------------------
 
     def _take(self, pid: int, stranger: Stranger, family: set[Watch]) -> bool:
+        began = time.thread_time()
         with self._service.loop.uninterrupted():
             watch = self._service.take_in(pid, stranger.start)
             if watch is None:
@@ -335,8 +346,9 @@ class Orphans:
         self._service.ask(watch)
         if watch in family:
             self.taken += 1
-            if family is self._kin:
+            if family is self._kin and _kernel.mark(pid, self.number):
                 self.claim(pid)
+        self._useful += time.thread_time() - began
         return True
 
     def to_end(self) -> set[Watch]:

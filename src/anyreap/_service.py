@@ -327,11 +327,8 @@ class Service:
                 if self._stopping:
                     return
                 began = time.monotonic()
-        if self.orphans is not None and self.orphans.is_due(now, hint=woken):
-            for _ in self.orphans.look():
-                await self.loop.checkpoint()
-                if self._stopping:
-                    return
+        if self.orphans is not None:
+            self.orphans.go_on(now, hint=woken)
         if beat:
             self._check_pipe()
         if beat or self._left_behind:
