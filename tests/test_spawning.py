@@ -410,6 +410,23 @@ async def test_start_that_outlives_the_block(source: Any, held: Held, monkeypatc
     assert (children(), numbers()) == before
 
 
+async def test_start_that_the_end_of_the_body_overtakes(source: Any, held: Held) -> None:
+    """A child that is being started when the body returns gets its pipes closed, as those that were there: `cat` ends,
+    and the block with it.
+    """
+    with anyio.fail_after(BOUND):
+        async with anyio.create_task_group() as tasks, anyreap.open_reaper(source=source, shutdown=PATIENT) as reaper:
+            tasks.start_soon(reaper.open_process, ["/bin/cat"])
+            await held.at_it()
+
+            async def let_go() -> None:
+                await anyio.wait_all_tasks_blocked()  # the block waits
+                held.go.set()
+
+            tasks.start_soon(let_go)
+    assert children() == set()
+
+
 async def test_start_in_a_closing_reaper(source: Any) -> None:
     """While its children are shut down, and afterwards, a reaper starts none: a RuntimeError that says so."""
     errors: list[str] = []

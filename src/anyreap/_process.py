@@ -284,6 +284,7 @@ async def start_process(
         command = os.fspath(command)
     options = {**options, "shell": isinstance(command, (str, bytes))}
     made: list[Process] = []
+    late = service.returned  # whoever starts one then closes its pipes
 
     def taken(start: Start) -> None:
         service.starting -= 1
@@ -293,6 +294,8 @@ async def start_process(
             made.append(_own(service, start, policy))
             if start.abandoned:
                 _kill(made[0])
+            elif service.returned and not late:
+                made[0].close_pipes()  # as those that were there when the body returned
         service.change()
 
     start = Start(command, options, taken)

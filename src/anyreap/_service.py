@@ -88,7 +88,7 @@ class Service:
         self.pid = os.getpid()
         self.thread = threading.get_ident()
         self.source: Literal["sigchld", "pidfd"] = "pidfd"
-        self.closing = self.closed = False
+        self.returned = self.closing = self.closed = False
         self.failure: BaseException | None = None
         self.watches: set[Watch] = set()
         self.owned: set[Watch] = set()
