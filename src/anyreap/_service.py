@@ -121,6 +121,7 @@ class Service:
                 registry.add(self)
             except BaseException:
                 _sigchld.unsubscribe(self._pipe)
+                self.loop.close()
                 self.finder.close()
                 raise
         except BaseException:
