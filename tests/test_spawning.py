@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import threading
+import time
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -425,6 +426,39 @@ async def test_start_that_the_end_of_the_body_overtakes(source: Any, held: Held)
 
             tasks.start_soon(let_go)
     assert children() == set()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_who_waits_for_a_start_that_outlives_the_block(
+    source: Any, held: Held, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """A task outside of the block that waits for such a start is told that the block was left; `late`: also when the
+    start is on its way to the loop at that moment.
+    """
+    monkeypatch.setattr(_shutdown, "KILL_BOUND", 0.05)
+    before = children(), numbers()
+    heard: list[str] = []
+
+    async def start() -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await reaper.open_process(SLEEP)
+        heard.append("closed")
+
+    with anyio.fail_after(BOUND):
+        async with anyio.create_task_group() as tasks:
+            with anyio.CancelScope() as scope:
+                async with anyreap.open_reaper(source=source) as reaper:
+                    tasks.start_soon(start)
+                    await held.at_it()
+                    scope.cancel()
+            if late:
+                held.go.set()
+                while not held.pids or spawners():
+                    time.sleep(0.002)
+    assert heard == ["closed"]
+    held.go.set()
+    await until(lambda: held.pids and not spawners())
+    assert (children(), numbers()) == before
 
 
 async def test_start_in_a_closing_reaper(source: Any) -> None:

@@ -287,7 +287,7 @@ async def start_process(
     late = service.returned  # whoever starts one then closes its pipes
 
     def taken(start: Start) -> None:
-        service.starting -= 1
+        service.starting.discard(start)
         if start.pid > 0 and service.closed:
             start.undo()
         elif start.pid > 0:
@@ -299,11 +299,11 @@ async def start_process(
         service.change()
 
     start = Start(command, options, taken)
-    service.starting += 1
+    service.starting.add(start)
     try:
         service.spawner.submit(start)
     except BaseException:
-        service.starting -= 1
+        service.starting.discard(start)
         raise
     try:
         await start.done.wait()
@@ -322,6 +322,8 @@ async def start_process(
         raise
     if start.error is not None:
         raise start.error
+    if not made:  # the block was left without it
+        raise anyio.ClosedResourceError
     return made[0]
 
 

@@ -22,7 +22,7 @@ from anyreap._errors import SigchldUnavailable
 from anyreap._finder import Finder, Origin
 from anyreap._loop import current_loop
 from anyreap._registry import Answer, registry
-from anyreap._spawner import Spawner
+from anyreap._spawner import Spawner, Start
 from anyreap._table import State
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class Service:
         self.watches: set[Watch] = set()
         self.owned: set[Watch] = set()
         self.groups: set[Watch] = set()  # of owned leaders that have ended, and left members behind
-        self.starting = 0
+        self.starting: set[Start] = set()
         self.processes: dict[Watch, Process] = {}  # kept alive while they run: dropping a handle closes no pipe
         self._spawner: Spawner | None = None
         self.changed = anyio.Event()
@@ -228,6 +228,9 @@ class Service:
             self.exits.pop().close()
         if self._spawner is not None:
             self._spawner.close()
+        for start in self.starting:  # it is undone when it is there; nobody waits for that
+            with contextlib.suppress(RuntimeError):  # of a loop that is gone
+                start.done.set()
         self.finder.close()
         if unused:
             self._pipe.close()
