@@ -439,7 +439,7 @@ async def test_who_waits_for_a_start_that_outlives_the_block(
     before = children(), numbers()
     heard: list[str] = []
 
-    async def start() -> None:
+    async def start(reaper: anyreap.Reaper) -> None:
         with pytest.raises(anyio.ClosedResourceError):
             await reaper.open_process(SLEEP)
         heard.append("closed")
@@ -448,7 +448,7 @@ async def test_who_waits_for_a_start_that_outlives_the_block(
         async with anyio.create_task_group() as tasks:
             with anyio.CancelScope() as scope:
                 async with anyreap.open_reaper(source=source) as reaper:
-                    tasks.start_soon(start)
+                    tasks.start_soon(start, reaper)
                     await held.at_it()
                     scope.cancel()
             if late:
