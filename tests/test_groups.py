@@ -691,6 +691,40 @@ async def test_policy_that_is_replaced_when_the_leader_has_ended(
         assert not gone(member)
 
 
+def test_no_descriptor_left(host: Host) -> None:
+    """A program that has run out of descriptors has its groups looked at all the same, and its service goes on."""
+    script = """
+        import resource
+        async def main():
+            shutdown = anyreap.Shutdown(scope="group", grace=3600)
+            async with anyreap.open_reaper(source=SOURCE, heartbeat=0.05) as reaper:
+                other = await reaper.open_process(["/bin/cat"])
+                leader = await reaper.open_process("sleep 3600 & echo $!; read x; exit 3", shutdown=shutdown)
+                member = int(await leader.stdout.receive())
+                limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (128, limit[1]))
+                taken = []
+                try:
+                    while True:
+                        taken.append(os.open(os.devnull, os.O_RDONLY))
+                except OSError:
+                    pass
+                await leader.stdin.send(b"x\\n")
+                assert await leader.wait() == 3
+                await anyio.sleep(0.2)  # heartbeats
+                os.close(taken.pop())
+                assert state_of(member) not in ("", "Z")
+                other.kill()
+                assert await other.wait() == -9
+            assert children() == set()
+            for fd in taken:
+                os.close(fd)
+            assert state_of(member) in ("", "Z")
+        run(main)
+    """
+    run_alone(script, host)
+
+
 @pytest.mark.parametrize("first", ["group", "process"])
 async def test_two_reapers_with_two_policies(source: Any, pidfds: bool, first: str, stray: list[int]) -> None:
     """Of two nested reapers one owns a leader alone, the other with its group: each goes by its own policy. The inner

@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import threading
+import time
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -407,6 +408,56 @@ async def test_start_that_outlives_the_block(source: Any, held: Held, monkeypatc
             await held.at_it()
             scope.cancel()
     assert not held.go.is_set()
+    held.go.set()
+    await until(lambda: held.pids and not spawners())
+    assert (children(), numbers()) == before
+
+
+async def test_start_that_the_end_of_the_body_overtakes(source: Any, held: Held) -> None:
+    """A child that is being started when the body returns gets its pipes closed, as those that were there: `cat` ends,
+    and the block with it.
+    """
+    with anyio.fail_after(BOUND):
+        async with anyio.create_task_group() as tasks, anyreap.open_reaper(source=source, shutdown=PATIENT) as reaper:
+            tasks.start_soon(reaper.open_process, ["/bin/cat"])
+            await held.at_it()
+
+            async def let_go() -> None:
+                await anyio.wait_all_tasks_blocked()  # the block waits
+                held.go.set()
+
+            tasks.start_soon(let_go)
+    assert children() == set()
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_who_waits_for_a_start_that_outlives_the_block(
+    source: Any, held: Held, monkeypatch: pytest.MonkeyPatch, late: bool
+) -> None:
+    """A task outside of the block that waits for such a start is told that the block was left; `late`: also when the
+    start is on its way to the loop at that moment.
+    """
+    monkeypatch.setattr(_shutdown, "KILL_BOUND", 0.05)
+    before = children(), numbers()
+    heard: list[str] = []
+
+    async def start(reaper: anyreap.Reaper) -> None:
+        with pytest.raises(anyio.ClosedResourceError):
+            await reaper.open_process(SLEEP)
+        heard.append("closed")
+
+    with anyio.fail_after(BOUND):
+        async with anyio.create_task_group() as tasks:
+            with anyio.CancelScope() as scope:
+                async with anyreap.open_reaper(source=source) as reaper:
+                    tasks.start_soon(start, reaper)
+                    await held.at_it()
+                    scope.cancel()
+            if late:
+                held.go.set()
+                while not held.pids or spawners():
+                    time.sleep(0.002)
+    assert heard == ["closed"]
     held.go.set()
     await until(lambda: held.pids and not spawners())
     assert (children(), numbers()) == before

@@ -806,6 +806,18 @@ async def test_wait_after_the_block(source: Any) -> None:
     running.kill()  # quiet, as for every child that has ended
 
 
+async def test_pidfds_that_somebody_has_closed(source: Any) -> None:
+    """Somebody has closed the pidfd of a child that still runs: the block is left as always, and all is put back."""
+    pid = sleeper()
+    before = set(open_fds())
+    async with anyreap.open_reaper(source=source) as reaper:
+        reaper.watch(pid)
+        for fd in [fd for fd, name in open_fds().items() if "pidfd" in name]:
+            os.close(fd)
+    assert set(open_fds()) == before
+    end(pid)
+
+
 async def test_waiter_when_the_block_is_left(source: Any) -> None:
     """C8: a task elsewhere that waits for a watched child when the block is left gets
     ClosedResourceError.

@@ -17,6 +17,7 @@ It finds candidates only; whether a child has ended is for the kernel to say.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 import select
@@ -91,7 +92,8 @@ class Finder:
             # Of one that has ended the report is spent. Else an entry would outlive our descriptor if a child that was
             # forked past Python's back holds a copy: an epoll forgets a file when the last one is closed.
             if record.state is State.RUNNING:
-                self._epoll.unregister(record.pidfd)
+                with contextlib.suppress(OSError):  # closed by somebody else (os.closerange)
+                    self._epoll.unregister(record.pidfd)
         elif self._bare.get(record.pid) is record:
             del self._bare[record.pid]
         if self._observed and self._observed.get(record.pid) is record:

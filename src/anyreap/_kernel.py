@@ -415,15 +415,23 @@ def live_members(pgids: Collection[int]) -> dict[int, list[int]]:
     if not _LINUX:
         return {pgid: [pgid] for pgid in pgids}
     found: dict[int, list[int]] = {}
-    for name in os.listdir("/proc") if pgids else ():
-        if name.isdigit():
-            pid = int(name)
-            try:
-                pgid = os.getpgid(pid)
-            except OSError:
-                continue
-            if pgid in pgids and _lives(stat_fields(pid)):
-                found.setdefault(pgid, []).append(pid)
+    spared = _spare >= 0
+    drop_spare()  # to read with, should there be no other descriptor
+    try:
+        for name in os.listdir("/proc") if pgids else ():
+            if name.isdigit():
+                pid = int(name)
+                try:
+                    pgid = os.getpgid(pid)
+                except OSError:
+                    continue
+                if pgid in pgids and _lives(stat_fields(pid)):
+                    found.setdefault(pgid, []).append(pid)
+    except OSError:  # no /proc, or no descriptor: not to know is no reason to leave somebody behind
+        return {pgid: [pgid] for pgid in pgids}
+    finally:
+        if spared:
+            keep_spare()
     return found
 
 

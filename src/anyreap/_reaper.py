@@ -558,6 +558,7 @@ class _Block:
     @staticmethod
     async def _drained(service: Service) -> None:
         """Wait until every owned child has ended."""
+        service.returned = True
         service.close_pipes()  # a child that reads to the end of its input would never end
         while service.owned or service.starting:
             if service.failure is not None:

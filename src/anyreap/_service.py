@@ -25,7 +25,7 @@ from anyreap._finder import Finder, Origin
 from anyreap._loop import current_loop
 from anyreap._orphans import Orphans
 from anyreap._registry import Answer, registry
-from anyreap._spawner import Spawner
+from anyreap._spawner import Spawner, Start
 from anyreap._table import State
 
 if TYPE_CHECKING:
@@ -93,12 +93,12 @@ class Service:
         self.pid = os.getpid()
         self.thread = threading.get_ident()
         self.source: Literal["sigchld", "pidfd"] = "pidfd"
-        self.closing = self.closed = False
+        self.returned = self.closing = self.closed = False
         self.failure: BaseException | None = None
         self.watches: set[Watch] = set()
         self.owned: set[Watch] = set()
         self.groups: set[Watch] = set()  # of owned leaders that have ended, and left members behind
-        self.starting = 0
+        self.starting: set[Start] = set()
         self.processes: dict[Watch, Process] = {}  # kept alive while they run: dropping a handle closes no pipe
         self._spawner: Spawner | None = None
         self.parked: list[Any] = []  # the tasks that wait for a change
@@ -131,6 +131,7 @@ class Service:
                 _sigchld.unsubscribe(self._pipe)
                 if self.orphans is not None:
                     self.orphans.close()
+                self.loop.close()
                 self.finder.close()
                 raise
         except BaseException:
@@ -249,6 +250,9 @@ class Service:
             self.exits.pop().close()
         if self._spawner is not None:
             self._spawner.close()
+        for start in self.starting:  # it is undone when it is there; nobody waits for that
+            with contextlib.suppress(RuntimeError):  # of a loop that is gone
+                start.done.set()
         self.finder.close()
         if unused:
             self._pipe.close()
@@ -476,6 +480,19 @@ class Service:
             registry.let_go(watch, self)
         if self.orphans is not None:
             self.orphans.claim(watch.record.pid)
+
+    def begin_start(self, options: dict[str, Any]) -> int:
+        """Begin the start of a child. Returns its number, and puts the tag into its environment, with `subreaper`."""
+        if self.orphans is None:
+            return 0
+        number, options["env"] = self.orphans.begin(options["env"])
+        return number
+
+    def end_start(self, number: int) -> None:
+        """Note that a start is over, whatever came of it."""
+        if self.orphans is not None:
+            self.orphans.starting.discard(number)
+        self.change()
 
     def change(self) -> None:
         """Say that something was started or has ended."""

@@ -262,6 +262,8 @@ class _Installed:
         pipe = next((pipe for pipe in self.pipes if pipe.is_intact()), None)
         if pipe is None:  # somebody closed it, and its owner has not noticed yet
             return
+        if _trio_runs():  # as a guest of this loop: its own is there, and set with a flag that can't be put back
+            return
         self.lent = pipe.write_fileno() if self._exchange(pipe) else -1
 
     def take_back(self, pipe: SelfPipe) -> None:
@@ -340,6 +342,12 @@ def _loop_is_uvloop() -> bool:
     except RuntimeError:
         return False
     return bool(type(loop).__module__.partition(".")[0] == "uvloop")
+
+
+def _trio_runs() -> bool:
+    lowlevel = getattr(sys.modules.get("trio"), "lowlevel", None)
+    in_trio_run = getattr(lowlevel, "in_trio_run", None)  # trio >= 0.23
+    return in_trio_run is not None and bool(in_trio_run())
 
 
 def subscribe(pipe: SelfPipe, *, lend: bool) -> None:
