@@ -414,24 +414,36 @@ def live_members(pgids: Collection[int]) -> dict[int, list[int]]:
     """
     if not _LINUX:
         return {pgid: [pgid] for pgid in pgids}
-    found: dict[int, list[int]] = {}
-    spared = _spare >= 0
-    drop_spare()  # to read with, should there be no other descriptor
+    if not pgids:
+        return {}
+    spared = False
     try:
-        for name in os.listdir("/proc") if pgids else ():
-            if name.isdigit():
-                pid = int(name)
-                try:
-                    pgid = os.getpgid(pid)
-                except OSError:
-                    continue
-                if pgid in pgids and _lives(stat_fields(pid)):
-                    found.setdefault(pgid, []).append(pid)
+        try:
+            return _members(pgids)
+        except OSError as exc:
+            if exc.errno not in _OUT_OF_FDS or _spare < 0:
+                raise
+        spared = True
+        drop_spare()
+        return _members(pgids)
     except OSError:  # no /proc, or no descriptor: not to know is no reason to leave somebody behind
         return {pgid: [pgid] for pgid in pgids}
     finally:
         if spared:
             keep_spare()
+
+
+def _members(pgids: Collection[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            pid = int(name)
+            try:
+                pgid = os.getpgid(pid)
+            except OSError:
+                continue
+            if pgid in pgids and _lives(stat_fields(pid)):
+                found.setdefault(pgid, []).append(pid)
     return found
 
 
