@@ -6,7 +6,7 @@ The layout. Data flows one way, and every dangerous call has one home:
     kernel --SIGCHLD--> _sigchld     the self-pipe, the one handler, the wakeup fd
                            |
                         _service     the one loop: wait (_loop), drain, sweep (_finder: who may have changed?), wake
-                           |
+                           |         (_orphans: who was given to us, if it is a subreaper?)
                         _registry    the lock, and the way from a look at the kernel to everybody who waits
                         /      \
                   _kernel      _table    the only wait calls; pure state

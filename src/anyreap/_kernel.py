@@ -554,7 +554,7 @@ def mark(pid: int, number: int) -> bool:
         soft, hard = resource.prlimit(pid, _RLIMIT_LOCKS)
         if soft != number:
             resource.prlimit(pid, _RLIMIT_LOCKS, (number, hard))
-    except (OSError, ValueError):  # gone, not permitted, or a hard limit below it
+    except (OSError, ValueError, AttributeError):  # gone, not permitted, a hard limit below it; or no such function
         return False
     return soft != number
 

@@ -133,6 +133,11 @@ class Orphans:
                 return
             if _kernel.orphans_come_here():
                 _kernel.set_subreaper(on=False)
+            try:
+                if _kernel.orphans_come_here():
+                    _kernel.set_subreaper(False)
+                    return
+            except OSError:  # a sandbox that came after the opening
                 return
         _sigchld.warn(
             "somebody cleared PR_SET_CHILD_SUBREAPER while a reaper with subreaper=True was open: descendants that"
@@ -180,14 +185,17 @@ class Orphans:
             stranger.lacked = -1  # it was collected, and its number given to another child
             stranger.dead_since = None
         stranger.start = start
-        mark, environment = _kernel.mark_of(pid), _kernel.environment_of(pid)
+        # It may be the very child that is being started, which has the mark too, and the tag of a start that goes on.
+        starting = start >= min(list(registry.starts.values()), default=math.inf)
+        mark = _kernel.mark_of(pid)
+        if mark == self.number and not starting:
+            return "kin"
+        environment = _kernel.environment_of(pid)
         tags = _tags(environment)
         if self.token in tags and tags[self.token] not in self.starting:
             return "kin"
-        if start >= min(list(registry.starts.values()), default=math.inf):
-            return "soon"  # it may be the very child that is being started: it has the tag, and the mark, as well
-        if mark == self.number:
-            return "kin"
+        if starting:
+            return "soon"
         if any(mark == other.number or other.token in tags for other in _open):
             return "theirs"  # that reaper will find it, unless it is closed before
         if stranger.is_older_than_its_list():

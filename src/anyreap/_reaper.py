@@ -404,7 +404,7 @@ class Reaper:
             raise RuntimeError(msg)
 
     def exits(self) -> MemoryObjectReceiveStream[ExitStatus]:
-        """Return a stream of every exit that this reaper collects from now on, in order.
+        """Return a stream of every exit that this reaper collects from now on, in order, those of orphans too.
 
         Unbounded: what nobody reads stays in memory. It ends when the block ends, so iterate it in a task of its own.
         Lost statuses are not in it, nor those of children that are only observed (`reap=False`). Each call makes a new

@@ -110,6 +110,8 @@ class Ladder:
         self._killed_at: dict[Watch, float] = {}
         self._trouble: dict[Watch, str] = {}
         self._given_up: list[Watch] | None = None
+        self._trouble: dict[int, str] = {}
+        self._given_up = False  # on the owned ones
         self._taken = 0
         self._thorough = False
         self._orphans_until = self._orphans_given_up = math.inf
@@ -137,10 +139,9 @@ class Ladder:
                 if now >= due or self._service.starting or self._news():
                     due, last = await self._step(now)
                     if last and now >= due:
-                        if self._family is not None or self._service.orphans is None:
+                        if self._only is not None or self._service.orphans is None or self._family is not None:
                             return self._survivors()
-                        self._given_up = self._owned()  # the orphans have to be ended all the same
-                        due = -math.inf
+                        self._given_up, due = True, -math.inf  # the orphans have to be ended all the same
                 await self._pause(min(due, look_at, now + _COUNT))
             except self._loop.interrupts as exc:
                 self.interrupt = exc
@@ -148,7 +149,7 @@ class Ladder:
                 look_at, delay, due = -math.inf, _LOOK_FIRST, -math.inf
 
     def _left(self) -> bool:
-        return bool(self._rest() or (self._service.starting and self._given_up is None and self._only is None))
+        return bool(self._rest() or (self._service.starting and not self._given_up and self._only is None))
 
     def _rest(self) -> list[Watch]:
         return list(self._family.to_end()) if self._family is not None else self._owned()
@@ -167,7 +168,7 @@ class Ladder:
         """The orphans, once it is their turn."""
         service = self._service
         busy = service.owned or service.groups or service.starting
-        return None if self._only is not None or (busy and self._given_up is None) else service.orphans
+        return None if self._only is not None or (busy and not self._given_up) else service.orphans
 
     def _news(self) -> bool:
         return self._family is not None and self._family.taken != self._taken
