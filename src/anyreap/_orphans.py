@@ -131,11 +131,9 @@ class Orphans:
             _open.remove(self)
             if _open or _found:
                 return
-            if _kernel.orphans_come_here():
-                _kernel.set_subreaper(on=False)
             try:
                 if _kernel.orphans_come_here():
-                    _kernel.set_subreaper(False)
+                    _kernel.set_subreaper(on=False)
                     return
             except OSError:  # a sandbox that came after the opening
                 return

@@ -109,8 +109,6 @@ class Ladder:
         self._kill_at: dict[Watch, float] = {}
         self._killed_at: dict[Watch, float] = {}
         self._trouble: dict[Watch, str] = {}
-        self._given_up: list[Watch] | None = None
-        self._trouble: dict[int, str] = {}
         self._given_up = False  # on the owned ones
         self._taken = 0
         self._thorough = False
