@@ -51,8 +51,10 @@ _PAUSE: Final = 0.005
 _SLICE: Final = 0.002
 
 # By how much, in seconds, a process must be older than the list that lacked it. A fork notes the time a moment before
-# the new process is in the list, and may be interrupted in between.
-_MARGIN: Final = 0.05
+# the new process is in the list, and on a busy machine it may be put aside in between: who was started by this very
+# process would look like an orphan then. A proof that comes late costs nothing but a moment, one that is wrong costs
+# somebody his child.
+_MARGIN: Final = 2.0
 
 # When to judge again who can't be judged yet, in seconds.
 _SOON: Final = 0.01
