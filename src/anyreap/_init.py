@@ -14,8 +14,7 @@ It does what nothing else in the package may, and is the home of it: it takes ev
 every child, and signals by number. The number is safe here: nobody but this loop collects the command, and the loop
 ends with it.
 
-The ways of tini (one child, who may be anything) and of dumb-init (`--group`: a session) are kept where they are good.
-Where not, there is a comment.
+Its models are tini and, for `--group`, dumb-init. docs/init.md says what is different on purpose.
 """
 
 from __future__ import annotations
@@ -141,7 +140,8 @@ def parse(argv: list[str]) -> Options:
             case "-g" | "--group":
                 options.group = True
             case "-r" | "--rewrite":
-                options.rewrites.update([rewrite(value)])
+                before, after = rewrite(value)
+                options.rewrites[before] = after
             case "-e" | "--expect":
                 options.expected.add(exit_code(value))
             case "-p" | "--parent-death":
@@ -356,9 +356,8 @@ class Init:
         signum = self._options.rewrites.get(signum, signum)
         if not signum:
             return False
-        self._options.tell(
-            2, f"{name_of(signum)} goes to the {'group' if self._options.group else 'command'} {self._child}"
-        )
+        whom = "group" if self._options.group else "command"
+        self._options.tell(2, f"{name_of(signum)} goes to the {whom} {self._child}")
         try:
             if self._options.group:
                 with contextlib.suppress(ProcessLookupError):
