@@ -296,8 +296,8 @@ def test_a_long_line_comes_in_marked_pieces() -> None:
 
 @pytest.mark.parametrize("data", ["\\0", "x\\r"])
 def test_a_line_that_never_ends_takes_no_memory(data: str, tmp_path: Path) -> None:
-    """100 MB without a newline are written as they come, or overwritten, and not kept."""
-    flood = f"import os\nb = b'{data}' * (1 << 20)\nfor _ in range(100 // (len(b) >> 20)): os.write(1, b)"
+    """64 MB without a newline are written as they come, or overwritten, and not kept."""
+    flood = f"import os\nb = b'{data}' * (1 << 20)\nfor _ in range(64 // (len(b) >> 20)): os.write(1, b)"
     watch = "import resource, sys; from anyreap._run import main; main(sys.argv[1:]);"
     watch += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)"
     with (tmp_path / "out").open("wb") as out:
