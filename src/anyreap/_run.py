@@ -54,13 +54,16 @@ _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _TIMED_OUT: Final = 124
 
 DESCRIPTION: Final = """\
-Run commands at the same time, and leave none of them behind. Each COMMAND is one argument and goes to the shell; after
-"--" comes one program with its arguments, which does not.
+Run commands at the same time, show how they do, and leave none of them behind.
+Each COMMAND is one argument, and goes to the shell. After "--" comes one
+program with its arguments, which does not.
 """
 
 EPILOG: Final = """\
-Exit status: 0, or that of the first command that failed (128+N: killed by signal N; 127, 126: not found, not
-executable); 124 after --timeout; 128+N if anyreap itself was ended by signal N: 130 for Ctrl-C.
+exit status: 0, or that of the command that failed first: 127 or 126 if it was
+not found or can't be executed, 128+N if signal N killed it, 124 if the time was
+up. 128+N if signal N ended anyreap itself: 130 for Ctrl-C. Ctrl-C once ends the
+commands as --signal and --grace say, twice: at once.
 
 examples:
   anyreap run "make -C api" "make -C web"
@@ -126,8 +129,8 @@ def _parse(argv: Sequence[str]) -> _Options:
     add("--timeout", type=_seconds, default=math.inf, metavar="S", help="end what still runs after S seconds")
     add("--signal", type=_signal, default=signal.SIGTERM, metavar="SIG", help="how to end it (default: TERM)")
     add("--grace", type=_seconds, default=5.0, metavar="S", help="seconds from there to SIGKILL (default: 5)")
-    add("--group", action=flag, default=True, help="give each command a session and process group of its own, and end"
-        " all of the group (default)")  # fmt: skip
+    add("--group", action=flag, default=True, help="give each command a session and group of its own, and end all"
+        " of the group (default)")  # fmt: skip
     add("--tree", action="store_true", help="end what escaped from its group, too (Linux)")
     add("--json", metavar="FILE", help="write an object for each exit, one a line")
     add("--plain", action="store_true", help="no table while the commands run, also on a terminal")
