@@ -16,7 +16,7 @@ CODE    := $(wildcard src tests examples bench)
 .DELETE_ON_ERROR:
 # Two pips in one venv would get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test examples check docs lowest dist-check format clean FORCE
+.PHONY: help demo test bench bench-full check docs format clean examples lowest dist-check FORCE
 
 help: ## list these commands
 	@echo 'make <command> [ARGS="..."] [PYTHON=python3]'
@@ -25,8 +25,14 @@ help: ## list these commands
 demo: $(VENV)/.group-demo ## run examples/demo.py
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.group-test ## run the tests; ARGS go to pytest
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.group-test ## run the tests, in two processes; with ARGS: run pytest with these
+	$(BIN)/python tests/run.py $(ARGS)
+
+bench: $(VENV)/.group-bench ## measure beside the peers, the short form: five minutes at most
+	$(BIN)/python -m bench $(ARGS)
+
+bench-full: $(VENV)/.group-bench ## all sizes and peers, an hour or two; writes docs/benchmarks.md
+	$(BIN)/python -m bench --full --page docs $(ARGS)
 
 examples: $(VENV)/.group-examples ## run all examples for real: those on FastAPI, Hypercorn and Dask too
 	$(BIN)/python -m pytest tests/test_examples.py $(ARGS)

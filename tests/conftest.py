@@ -9,33 +9,38 @@ import anyio
 import pytest
 
 from anyreap import _kernel
-from tests import harness
+from tests import broken as broken, harness
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --all."""
+    """Add --all and --half."""
     parser.addoption("--all", action="store_true", help="every backend, with every source, with and without pidfds")
+    parser.addoption(
+        "--half", choices=["first", "second"], help="every other test: what tests/run.py runs side by side"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out, unless --all is given, what differs from another case in nothing that matters most of the time.
+    """Leave out, unless --all is given, what differs from another case in nothing that matters most of the time; and
+    what the other half runs.
 
     Without pidfds both sources go the same way, but for what wakes them: the self-pipe on trio and asyncio, and the
     heartbeat on uvloop, stand for all.
     """
-    if config.getoption("--all"):
-        return
-    left_out = []
-    for item in items:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        if params.get("pidfds") == "no-pidfds" and str(params.get("host")) in ("trio-pidfd", "asyncio-pidfd"):
-            left_out.append(item)
+    left_out = set()
+    if not config.getoption("--all"):
+        for item in items:
+            params = getattr(getattr(item, "callspec", None), "params", {})
+            if params.get("pidfds") == "no-pidfds" and str(params.get("host")) in ("trio-pidfd", "asyncio-pidfd"):
+                left_out.add(item)
+    if half := config.getoption("--half"):
+        left_out.update([item for item in items if item not in left_out][half == "first" :: 2])
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(params=harness.HOSTS, ids=str)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,9 +39,9 @@ class Host(NamedTuple):
         return f"{name}-{self.source}"
 
 
-TRIO = ("trio", {})
-ASYNCIO = ("asyncio", {"use_uvloop": False})
-UVLOOP = ("asyncio", {"use_uvloop": True})
+TRIO: tuple[str, dict[str, Any]] = ("trio", {})
+ASYNCIO: tuple[str, dict[str, Any]] = ("asyncio", {"use_uvloop": False})
+UVLOOP: tuple[str, dict[str, Any]] = ("asyncio", {"use_uvloop": True})
 
 # Under uvloop the self-pipe can't work: libuv's handler and ours destroy each other.
 HOSTS = (
@@ -159,7 +160,7 @@ def end(pid: int) -> None:
 
 def children() -> set[int]:
     """The pids of all children of this process, zombies too, as the kernel lists them."""
-    found = set()
+    found: set[int] = set()
     for task in os.listdir("/proc/self/task"):
         with contextlib.suppress(OSError):  # a thread that has ended meanwhile
             found.update(map(int, Path(f"/proc/self/task/{task}/children").read_text().split()))
@@ -247,6 +248,7 @@ import faulthandler, gc, os, signal, subprocess, sys, threading, warnings
 faulthandler.dump_traceback_later({limit}, exit=True)
 import anyio, anyio.lowlevel
 import anyreap
+from tests import broken
 from tests.harness import *
 BACKEND, OPTIONS, SOURCE = {backend!r}, {options!r}, {source!r}
 def run(main, *args):
@@ -278,8 +280,15 @@ def run_alone(
         cwd=Path(__file__).parent.parent,
         stdin=subprocess.DEVNULL,
     )
+    done.stderr = said(done.stderr)
     assert done.returncode == expect, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def said(stderr: str) -> str:
+    """What a process wrote to stderr, without asyncio's words on how slow this machine is."""
+    slow = re.compile(r"^Executing <.* took [0-9.]+ seconds\n", re.MULTILINE)
+    return slow.sub("", stderr)
 
 
 async def until(condition: Any, *, within: float = 20.0) -> None:

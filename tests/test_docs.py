@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import anyreap
+from tests.harness import said
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,7 +61,7 @@ def test_code_in_the_documentation_runs(code: str) -> None:
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert said(done.stderr) == ""
 
 
 @pytest.mark.parametrize(("name", "thing"), list(documented()))
@@ -84,7 +85,7 @@ def test_an_example_runs(path: Path) -> None:
         stdin=subprocess.DEVNULL,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert said(done.stderr) == ""
 
 
 @pytest.mark.parametrize("backend", ["trio", "asyncio", "uvloop"])

@@ -113,7 +113,7 @@ async def test_returned_body_waits_for_owned_children(source: Any, stage: Stage)
 
 
 async def test_watched_child_is_left_alone(source: Any, sent: Sent) -> None:
-    """A child that is only watched neither keeps the block open, nor is it signalled."""
+    """A child that is only watched neither keeps the block open, nor is it signalled (K23)."""
     pid = sleeper()
     with anyio.fail_after(20):
         async with anyreap.open_reaper(source=source) as reaper:

@@ -365,7 +365,7 @@ def test_upgrade_forgets_nobody_who_waits(host: Host, upgrade: str) -> None:
                 async with anyio.create_task_group() as group:
                     child = reaper.watch(pid, reap=False)
                     group.start_soon(wait, child)
-                    await until(lambda: child._watch.event is not None)
+                    await until(lambda: child._watch.parked)
                     group.start_soon(wait, getattr(reaper, upgrade)(pid))
                     await anyio.lowlevel.checkpoint()
                     gate.open()

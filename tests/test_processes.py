@@ -124,7 +124,8 @@ def nothing_started() -> Iterator[None]:
 
 def test_parameters_are_those_of_anyio() -> None:
     """Every parameter of `anyio.open_process` and `anyio.run_process` is there, of the same kind and with the same
-    default."""
+    default.
+    """
     ours = inspect.signature(anyreap.Reaper.open_process).parameters
     for name, parameter in inspect.signature(anyio.open_process).parameters.items():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
@@ -164,13 +165,15 @@ async def test_forms_of_a_command(reaper: anyreap.Reaper) -> None:
         (["echo", "$((1 + 1))"], b"$((1 + 1))\n"),
         ((Path("/bin/echo"), b"a", "b"), b"a b\n"),
     ):
-        done = await reaper.run_process(command, cwd="/")  # type: ignore[arg-type]
+        done = await reaper.run_process(command, cwd="/")
         assert (done.args, done.stdout) == (os.fspath(command) if isinstance(command, Path) else command, output)
 
 
 async def test_cwd_env_and_umask(reaper: anyreap.Reaper, tmp_path: Path) -> None:
     """The child starts in the directory, the environment and the umask that are asked for."""
-    assert await shell(reaper, "pwd; echo $A; umask", cwd=tmp_path, env={"A": "b"}, umask=0o27) == f"{tmp_path}\nb\n0027"
+    assert (
+        await shell(reaper, "pwd; echo $A; umask", cwd=tmp_path, env={"A": "b"}, umask=0o27) == f"{tmp_path}\nb\n0027"
+    )
     assert await shell(reaper, "/usr/bin/env", env={"A": "b", "PWD": "/"}, cwd=b"/") == "A=b\nPWD=/"
     assert await shell(reaper, "umask") == f"{_umask():04o}"
 
@@ -227,9 +230,13 @@ async def test_where_input_and_output_go(reaper: anyreap.Reaper, tmp_path: Path,
     os.write(gate.write, b"def\n")
     gate.open()
     done = await reaper.run_process("cat; echo ghi >&2", stdin=gate.read, stderr=STDOUT)
-    assert (done.stdout, done.stderr) == (b"def\nghi\n", None)
+    assert _written(done) == (b"def\nghi\n", None)
     done = await reaper.run_process(["/bin/cat"], stdin=DEVNULL, stdout=DEVNULL)
-    assert (done.stdout, done.stderr) == (None, b"")
+    assert _written(done) == (None, b"")
+
+
+def _written(done: Any) -> tuple[Any, Any]:
+    return done.stdout, done.stderr
 
 
 async def test_input_and_output_are_ours(reaper: anyreap.Reaper, capfd: pytest.CaptureFixture[str]) -> None:
@@ -336,7 +343,7 @@ async def test_receive_nothing(reaper: anyreap.Reaper) -> None:
 
 
 async def test_wrapped_streams(reaper: anyreap.Reaper) -> None:
-    """anyio's wrappers take the streams."""
+    """Anyio's wrappers take the streams."""
     process = await reaper.open_process(["/bin/cat"])
     assert process.stdin is not None
     assert process.stdout is not None
@@ -381,7 +388,8 @@ async def _soon(call: Callable[[], Any]) -> None:
 @pytest.mark.parametrize("by", ["stream", "process", "block"])
 async def test_who_waits_when_the_streams_are_closed(source: Any, gate: Gate, by: str) -> None:
     """Tasks that wait on a stream get a ClosedResourceError when another task closes it, or its process, or when the
-    block is left; and so does who comes later (field bug 36)."""
+    block is left; and so does who comes later (field bug 36).
+    """
     got: list[str] = []
 
     async def waits(name: str, call: Callable[..., Any], *args: Any) -> None:
@@ -390,40 +398,42 @@ async def test_who_waits_when_the_streams_are_closed(source: Any, gate: Gate, by
         got.append(name)
 
     with anyio.fail_after(BOUND):
-        async with anyio.create_task_group() as tasks:
-            async with anyreap.open_reaper(source=source) as reaper:
-                script = f"trap 'exit 3' TERM; echo; read x </dev/fd/{gate.read}"
-                process = await reaper.open_process(["/bin/sh", "-c", script], pass_fds=[gate.read])
-                await line(process.stdout)
-                assert process.stdin is not None
-                assert process.stdout is not None
-                assert process.stderr is not None
-                tasks.start_soon(waits, "stdin", process.stdin.send, b"a" * MIB)
-                tasks.start_soon(waits, "stdout", process.stdout.receive)
-                tasks.start_soon(waits, "stderr", process.stderr.receive)
-                await anyio.wait_all_tasks_blocked()
-                if by == "stream":
-                    for stream in (process.stdin, process.stdout, process.stderr):
-                        await stream.aclose()
-                elif by == "process":
-                    tasks.start_soon(process.aclose)
-                if by != "block":
-                    await until(lambda: len(got) == 3)
-                    process.terminate()
-                else:
-                    tasks.start_soon(_soon, process.terminate)
+        async with anyio.create_task_group() as tasks, anyreap.open_reaper(source=source) as reaper:
+            script = f"trap 'exit 3' TERM; echo; read x </dev/fd/{gate.read}"
+            process = await reaper.open_process(["/bin/sh", "-c", script], pass_fds=[gate.read])
+            await line(process.stdout)
+            assert process.stdin is not None
+            assert process.stdout is not None
+            assert process.stderr is not None
+            tasks.start_soon(waits, "stdin", process.stdin.send, b"a" * MIB)
+            tasks.start_soon(waits, "stdout", process.stdout.receive)
+            tasks.start_soon(waits, "stderr", process.stderr.receive)
+            await anyio.wait_all_tasks_blocked()
+            if by == "stream":
+                for stream in (process.stdin, process.stdout, process.stderr):
+                    await stream.aclose()
+            elif by == "process":
+                tasks.start_soon(process.aclose)
+            if by != "block":
+                await until(lambda: len(got) == 3)
+                process.terminate()
+            else:
+                tasks.start_soon(_soon, process.terminate)
     assert sorted(got) == ["stderr", "stdin", "stdout"]
     assert process.returncode == 3
+    assert process.stdin is not None
     with pytest.raises(anyio.ClosedResourceError):
         await process.stdin.send(b"a")
     for out in (process.stdout, process.stderr):
+        assert out is not None
         with pytest.raises(anyio.ClosedResourceError):
             await out.receive()
 
 
 async def test_two_tasks_on_one_stream(reaper: anyreap.Reaper) -> None:
     """A second task that receives from, or sends to, a stream that another one waits on gets a BusyResourceError, and
-    disturbs nobody."""
+    disturbs nobody.
+    """
     process = await reaper.open_process(["/bin/sh", "-c", "read x; head -c 1048577 >/dev/null; echo $x"])
     stdin, stdout = process.stdin, process.stdout
     assert stdin is not None
@@ -686,8 +696,9 @@ async def test_completed_process(reaper: anyreap.Reaper) -> None:
 
 
 async def test_failed_child(reaper: anyreap.Reaper) -> None:
-    """A child that fails raises a `ChildFailed`, a `CalledProcessError`, which carries its status and what it wrote, and
-    says how it ended."""
+    """A child that fails raises a `ChildFailed`, a `CalledProcessError`, which carries its status and what it wrote,
+    and says how it ended.
+    """
     for script, code, text in (
         ("echo a; echo b >&2; exit 3", 3, "exited with code 3"),
         ("echo a; echo b >&2; exit 255", 255, "exited with code 255"),
@@ -718,14 +729,14 @@ async def _robbed(reaper: anyreap.Reaper, **options: Any) -> anyreap.CompletedPr
     async def rob() -> None:
         await until(lambda: reaper.statistics().owned)
         (pid,) = children() - before
-        gate.open()
+        held.open()
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
 
-    with Gate() as gate, anyio.fail_after(BOUND):
+    with Gate() as held, anyio.fail_after(BOUND):
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(rob)
             try:
-                return await reaper.run_process(["/bin/sh", "-c", "read x; exit 7"], stdin=gate.read, **options)
+                return await reaper.run_process(["/bin/sh", "-c", "read x; exit 7"], stdin=held.read, **options)
             except anyreap.StatusLost as exc:
                 lost = exc
     raise lost
@@ -749,7 +760,8 @@ async def test_stolen_status_is_read_back(reaper: anyreap.Reaper) -> None:
 
 async def test_stolen_before_it_is_known(reaper: anyreap.Reaper, monkeypatch: pytest.MonkeyPatch) -> None:
     """A child whose status is taken before the loop has even heard that it runs is lost, and nothing else: its output
-    is there, its wait raises, the reaper goes on."""
+    is there, its wait raises, the reaper goes on.
+    """
 
     class Robbed(subprocess.Popen[bytes]):
         def __init__(self, *args: Any, **options: Any) -> None:
@@ -800,8 +812,9 @@ async def _running(reaper: anyreap.Reaper, news: News, call: Callable[[], Any]) 
 @on_asyncio
 @pytest.mark.parametrize("way", ["cancel", "timeout"])
 async def test_natively_cancelled_run_process(reaper: anyreap.Reaper, gate: Gate, news: News, way: str) -> None:
-    """A native cancellation of asyncio (`Task.cancel`, `asyncio.timeout`) ends the child of a `run_process` by the policy
-    too, before it goes on."""
+    """A native cancellation of asyncio (`Task.cancel`, `asyncio.timeout`) ends the child of a `run_process` by the
+    policy too, before it goes on.
+    """
     before = children()
     command = ["/bin/sh", "-c", f"trap 'exit 7' TERM; {news.say}; read x"]
 
@@ -837,7 +850,7 @@ async def test_cancelled_run_process_of_a_stubborn_child(reaper: anyreap.Reaper,
 
 
 async def test_run_process_when_the_block_is_left(source: Any, news: News) -> None:
-    """A `run_process` in an outer task, whose child ends when the block is left, gets a ClosedResourceError as itself."""
+    """A `run_process` in an outer task whose child ends when the block is left gets ClosedResourceError as itself."""
     got: list[BaseException] = []
 
     async def run(reaper: anyreap.Reaper) -> None:
@@ -1073,9 +1086,7 @@ async def test_natively_cancelled_close(reaper: anyreap.Reaper) -> None:
     assert process.returncode == -signal.SIGKILL
 
 
-async def test_close_names_what_outlives_sigkill(
-    reaper: anyreap.Reaper, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_close_names_what_outlives_sigkill(reaper: anyreap.Reaper, monkeypatch: pytest.MonkeyPatch) -> None:
     """What can't be ended when `aclose` is cancelled is named in a note on the cancellation."""
     monkeypatch.setattr(_shutdown, "KILL_BOUND", 0.05)
     process = await reaper.open_process(SLEEP, shutdown=anyreap.Shutdown(grace=0))
@@ -1106,10 +1117,9 @@ async def test_block_is_left_while_cat_runs(source: Any) -> None:
 async def test_block_waits_for_who_does_not_care(source: Any, gate: Gate) -> None:
     """A started child keeps the block open until it ends by itself."""
     with anyio.fail_after(BOUND):
-        async with anyio.create_task_group() as tasks:
-            async with anyreap.open_reaper(source=source) as reaper:
-                process = await reaper.open_process(["/bin/sh", "-c", "read x; exit 3"], stdin=gate.read)
-                tasks.start_soon(_soon, gate.open)
+        async with anyio.create_task_group() as tasks, anyreap.open_reaper(source=source) as reaper:
+            process = await reaper.open_process(["/bin/sh", "-c", "read x; exit 3"], stdin=gate.read)
+            tasks.start_soon(_soon, gate.open)
     assert process.returncode == 3
 
 

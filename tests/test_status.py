@@ -173,6 +173,32 @@ async def test_core_dumped(source: Any, limit: str, tmp_path: Path) -> None:
     assert collect(pid) == -signal.SIGABRT
 
 
+MEMORY_CGROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    """A cgroup (version 1) that allows its members 16 MiB."""
+    cgroup = MEMORY_CGROUPS / f"anyreap-test-{os.getpid()}"
+    try:
+        cgroup.mkdir()
+        (cgroup / "memory.limit_in_bytes").write_text(str(16 << 20))
+    except OSError as exc:
+        pytest.skip(f"no memory cgroup can be made here: {exc}")
+    yield cgroup
+    cgroup.rmdir()
+
+
+async def test_killed_by_the_oom_killer(source: Any, little_memory: Path) -> None:
+    """D9: a child that the kernel kills for its memory was killed by SIGKILL."""
+    greedy = f"open({str(little_memory / 'cgroup.procs')!r}, 'w').write('0'); b'x' * (256 << 20)"
+    async with anyreap.open_reaper(source=source, heartbeat=3600) as reaper:
+        with anyio.fail_after(20):
+            done = await reaper.run_process([sys.executable, "-ISc", greedy], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert done.stderr == b""
+
+
 # More than this process has: what a child has used begins with what it was forked from (`man 2
 # getrusage`).
 MEMORY = 300 << 20
@@ -628,6 +654,15 @@ def test_all_names_what_is_exported() -> None:
     }
 
 
+def test_names_are_there_before_their_first_use() -> None:
+    """The names are imported when they are used, and known before; one that is none is an AttributeError."""
+    assert set(anyreap.__all__) <= set(dir(anyreap))
+    script = "import anyreap; assert set(anyreap.__all__) <= set(dir(anyreap)); from anyreap import *; ExitStatus, wait"
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        _ = anyreap.nonsense  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize(("module", "name"), PUBLIC, ids=[name for _, name in PUBLIC])
 def test_public_object(module: types.ModuleType, name: str) -> None:
     """Every public object names the module that users import it from, and has a docstring with an
@@ -682,15 +717,28 @@ def test_typed() -> None:
 
 
 def test_import_starts_nothing() -> None:
-    """Importing the package installs nothing, starts nothing, and imports neither trio nor
-    asyncio's subprocesses.
-    """
+    """Importing the package installs nothing, starts nothing, and imports no loop: whoever runs on one has done so."""
     script = (
         "import os, signal, sys, threading, anyreap\n"
+        "anyreap.open_reaper\n"  # whose first use imports all of it
         "assert signal.getsignal(signal.SIGCHLD) is signal.SIG_DFL\n"
         "assert threading.active_count() == 1\n"
-        "assert 'trio' not in sys.modules, 'trio'\n"
+        "assert not {'trio', 'asyncio', 'logging'} & set(sys.modules), set(sys.modules)\n"
         "assert 'multiprocessing' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)
     assert not children()
+
+
+def test_asyncio_takes_no_trio() -> None:
+    """Nobody who runs on asyncio imports trio."""
+    script = (
+        "import anyio, os, sys, anyreap\n"
+        "async def main():\n"
+        "    async with anyreap.open_reaper() as reaper:\n"
+        "        await reaper.wait(os.posix_spawn('/bin/true', ['true'], os.environ))\n"
+        "        await reaper.run_process(['true'])\n"
+        "anyio.run(main)\n"
+        "assert 'trio' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script], check=True, timeout=60)

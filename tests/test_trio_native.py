@@ -280,6 +280,30 @@ print("fine")
 """
 
 
+def test_reaper_of_the_host_beside_a_guest() -> None:
+    """A reaper of asyncio, whose loop is the host of trio: trio's wakeup fd is not touched, so a burst is silent."""
+    script = """
+        import asyncio, trio
+        async def main():
+            loop = asyncio.get_running_loop()
+            ended, go = loop.create_future(), trio.Event()
+            trio.lowlevel.start_guest_run(
+                go.wait, run_sync_soon_threadsafe=loop.call_soon_threadsafe, done_callback=ended.set_result
+            )
+            await asyncio.sleep(0.05)
+            async with anyreap.open_reaper(source="sigchld", heartbeat=0.02) as reaper:
+                assert (await reaper.wait(exits_with(3))).exit_code == 3
+                await asyncio.sleep(0.1)
+                for _ in range(2000):
+                    signal.raise_signal(signal.SIGCHLD)
+            go.set()
+            (await ended).unwrap()
+            assert not trio.lowlevel.in_trio_run()
+        asyncio.run(main())
+    """
+    assert run_alone(script).stderr == ""
+
+
 @pytest.mark.parametrize("source", ["sigchld", "pidfd"])
 @pytest.mark.parametrize("owns", [True, False], ids=["host-owns-wakeup-fd", "trio-owns-it"])
 def test_guest_of_asyncio(source: str, owns: bool) -> None:

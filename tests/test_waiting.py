@@ -806,6 +806,18 @@ async def test_wait_after_the_block(source: Any) -> None:
     running.kill()  # quiet, as for every child that has ended
 
 
+async def test_pidfds_that_somebody_has_closed(source: Any) -> None:
+    """Somebody has closed the pidfd of a child that still runs: the block is left as always, and all is put back."""
+    pid = sleeper()
+    before = set(open_fds())
+    async with anyreap.open_reaper(source=source) as reaper:
+        reaper.watch(pid)
+        for fd in [fd for fd, name in open_fds().items() if "pidfd" in name]:
+            os.close(fd)
+    assert set(open_fds()) == before
+    end(pid)
+
+
 async def test_waiter_when_the_block_is_left(source: Any) -> None:
     """C8: a task elsewhere that waits for a watched child when the block is left gets
     ClosedResourceError.
@@ -1237,6 +1249,42 @@ async def test_upgraded_to_be_collected(source: Any, pidfds: bool) -> None:
                 assert (await child.wait()).returncode == 7
                 await until(lambda pid=child.pid: pid not in children())
         assert reaper.statistics().reaped == 2
+
+
+async def test_upgraded_before_it_is_heard_of(source: Any) -> None:
+    """A reaper in another thread has seen the end of a child, and here it is asked to be collected before that is heard
+    of: who waited here already is told.
+    """
+    gate = Gate()
+    pid = gate.add("exit 3")
+    watched, seen, go = threading.Event(), threading.Event(), threading.Event()
+
+    async def elsewhere() -> None:
+        async with anyreap.open_reaper(heartbeat=0.05) as reaper:
+            child = reaper.watch(pid, reap=False)
+            watched.set()
+            await child.wait()
+            seen.set()
+            while not go.is_set():
+                await anyio.sleep(0.002)
+
+    thread = threading.Thread(target=anyio.run, args=[elsewhere])
+    with anyio.fail_after(20):
+        async with anyreap.open_reaper(source=source) as reaper, anyio.create_task_group() as tasks:
+            child = reaper.watch(pid, reap=False)
+            tasks.start_soon(child.wait)
+            await anyio.wait_all_tasks_blocked()
+            thread.start()
+            try:
+                assert watched.wait(20)
+                gate.open()
+                assert seen.wait(20)  # this thread's loop does not run meanwhile
+                assert reaper.watch(pid) is child
+                assert (await child.wait()).exit_code == 3
+            finally:
+                go.set()
+                thread.join()
+    gate.close()
 
 
 async def test_never_downgraded(source: Any) -> None:

@@ -106,8 +106,7 @@ class Child:
         if watch.settled:
             await anyio.lowlevel.checkpoint()
         else:
-            watch.event = watch.event or anyio.Event()
-            await watch.event.wait()
+            await watch.home.loop.park(watch.parked)
         record = watch.record
         if record.status is not None:
             return record.status

@@ -17,6 +17,7 @@ It finds candidates only; whether a child has ended is for the kernel to say.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import math
 import select
@@ -85,17 +86,20 @@ class Finder:
 
     def drop(self, record: Record[Any]) -> None:
         """Look out for a child no longer. Called before its pidfd is closed, from any thread, under the lock."""
-        if record.pidfd >= 0 and self._by_fd.get(record.pidfd) is record:
+        # One that is not there is the rule but for the first two: this is a part of each exit.
+        if self._by_fd.get(record.pidfd) is record:
             del self._by_fd[record.pidfd]
             # Of one that has ended the report is spent. Else an entry would outlive our descriptor if a child that was
             # forked past Python's back holds a copy: an epoll forgets a file when the last one is closed.
             if record.state is State.RUNNING:
-                self._epoll.unregister(record.pidfd)
-        if self._bare.get(record.pid) is record:
+                with contextlib.suppress(OSError):  # closed by somebody else (os.closerange)
+                    self._epoll.unregister(record.pidfd)
+        elif self._bare.get(record.pid) is record:
             del self._bare[record.pid]
-        if self._observed.get(record.pid) is record:
+        if self._observed and self._observed.get(record.pid) is record:
             del self._observed[record.pid]
-        self._retries.pop(record, None)
+        if self._retries:
+            self._retries.pop(record, None)
 
     def observe(self, record: Record[Any]) -> None:
         """Watch over a zombie that is left to its owner, until that one has collected it."""

@@ -15,6 +15,7 @@ Wait statuses are raw here (the 16 bits of `man 2 wait`); `ExitStatus` decodes t
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -22,10 +23,11 @@ import resource
 import signal
 import struct
 import sys
+import time
 from typing import TYPE_CHECKING, Final, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 _LINUX: Final = sys.platform == "linux"
 
@@ -200,6 +202,16 @@ def take(pid: int) -> tuple[int, resource.struct_rusage] | None:
     """
     taken, raw, usage = os.wait4(pid, os.WNOHANG | _WALL)
     return (raw, usage) if taken == pid else None
+
+
+def take_stop(pid: int) -> int | None:
+    """The signal that a child of ours has been stopped by; None if it has not, or if that was told already.
+
+    Raises:
+        ChildProcessError: It is not an unreaped child of ours.
+    """
+    found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | _WALL)
+    return found.si_status if found is not None and found.si_pid == pid else None
 
 
 def _raw(found: os.waitid_result | None) -> int | None:
@@ -393,21 +405,51 @@ def send_group(pgid: int, pidfd: int, identity: int | None, signum: int) -> bool
     return True
 
 
-def live_members(pgid: int) -> list[int]:
-    """The pids of the members of a process group that are alive.
+def live_members(pgids: Collection[int]) -> dict[int, list[int]]:
+    """The pids of the members of process groups that are alive, by group; groups without one are left out.
 
     Read from /proc, because a signal that can be sent proves nothing: it can be to a zombie (`man 2 kill`), and one
     whose parent never collects it would keep the group "alive" for ever. Where there is no such /proc it has to do.
+    All groups in one go, and a file is opened for their members only: it is a walk over the whole machine.
     """
     if not _LINUX:
-        return [pgid]
-    found = []
+        return {pgid: [pgid] for pgid in pgids}
+    if not pgids:
+        return {}
+    spared = False
+    try:
+        try:
+            return _members(pgids)
+        except OSError as exc:
+            if exc.errno not in _OUT_OF_FDS or _spare < 0:
+                raise
+        spared = True
+        drop_spare()
+        return _members(pgids)
+    except OSError:  # no /proc, or no descriptor: not to know is no reason to leave somebody behind
+        return {pgid: [pgid] for pgid in pgids}
+    finally:
+        if spared:
+            keep_spare()
+
+
+def _members(pgids: Collection[int]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
     for name in os.listdir("/proc"):
         if name.isdigit():
-            fields = stat_fields(int(name))
-            if len(fields) > 2 and fields[0] not in "ZXx" and int(fields[2]) == pgid:
-                found.append(int(name))
+            pid = int(name)
+            try:
+                pgid = os.getpgid(pid)
+            except OSError:
+                continue
+            if pgid in pgids and _lives(stat_fields(pid)):
+                found.setdefault(pgid, []).append(pid)
     return found
+
+
+def _lives(fields: list[str]) -> bool:
+    # A process whose first thread has ended is in state Z too while its others run: it has more than one then.
+    return len(fields) > 17 and (fields[0] not in "ZXx" or int(fields[17]) > 1)
 
 
 def leads_group(pid: int) -> bool:
@@ -416,6 +458,131 @@ def leads_group(pid: int) -> bool:
         return os.getpgid(pid) == pid
     except OSError:
         return False
+
+
+# Orphans -------------------------------------------------------------------------------------------------------------
+
+_RLIMIT_LOCKS: Final = 10
+_TICKS: Final[int] = os.sysconf("SC_CLK_TCK")
+
+
+def orphans_come_here() -> bool:
+    """Whether orphaned descendants are given to this process: it is a subreaper, or the init of its pid namespace."""
+    return os.getpid() == 1 or is_subreaper()
+
+
+def no_subreaper() -> str:
+    """Why this process can't find the orphans that it is given, in a sentence; "" if it can."""
+    if not _LINUX:
+        return "it takes PR_SET_CHILD_SUBREAPER, which only Linux has"
+    try:
+        shown = os.readlink("/proc/self")
+    except OSError:
+        shown = ""
+    if shown != str(os.getpid()):
+        return (
+            "it takes a /proc that shows the processes of this pid namespace, and there is none: mount one"
+            " (unshare --mount-proc)"
+        )
+    return ""
+
+
+def ticks() -> int:
+    """Now, on the clock and in the unit of a process's start time; 0 where there is none."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * _TICKS) if _LINUX else 0
+
+
+def ticks_in(seconds: float) -> int:
+    """So many seconds in that unit, rounded up."""
+    return -int(-seconds * _TICKS // 1)
+
+
+def children() -> tuple[dict[int, bool], bool]:
+    """List our children, zombies too.
+
+    Returns:
+        Their pids, each with whether the first thread is its parent; and whether the list is complete. The kernel
+        walks while others change: where a child is collected, or a thread ends, the walk may skip somebody. If what
+        was listed first still stands in front, in the same order, when it is listed again, nothing of that happened.
+    """
+    first, again = _children_by_thread("self"), _children_by_thread("self")
+    if not again:  # a kernel without CONFIG_PROC_CHILDREN
+        return dict.fromkeys(_children_by_scan(), True), True
+    complete = first.keys() == again.keys() and all(again[task].startswith(first[task]) for task in first)
+    main = str(os.getpid())
+    found = {}
+    for listed in (again,) if complete else (first, again):
+        for task, line in listed.items():
+            found.update(dict.fromkeys(map(int, line.split()), task == main))
+    return found, complete
+
+
+def children_of(pid: int) -> list[int]:
+    """The children of another process; none where the kernel does not list them."""
+    return [int(child) for line in _children_by_thread(pid).values() for child in line.split()]
+
+
+def _children_by_thread(pid: int | str) -> dict[str, bytes]:
+    found: dict[str, bytes] = {}
+    try:
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return found
+    for task in tasks:
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/task/{task}/children", "rb", buffering=0) as file:
+            found[task] = file.readall()
+    return found
+
+
+def _children_by_scan() -> list[int]:
+    mine = str(os.getpid())
+    return [int(name) for name in os.listdir("/proc") if name.isdigit() and stat_fields(int(name))[1:2] == [mine]]
+
+
+# A mark that can be put on a process from outside, that whatever it starts from then on inherits, across fork, exec,
+# setsid and setuid, and that can be read from anybody, a zombie too. The kernel has nothing that is made for it, and
+# one thing that serves: each process has a limit of file locks, which no Linux since 2.4.25 has looked at
+# (`man 2 getrlimit`). Only the soft limit is set; who wants to can set it back.
+
+
+def mark(pid: int, number: int) -> bool:
+    """Mark a process; False if it could not be, or was already.
+
+    It can't where it runs as another user and we lack CAP_SYS_RESOURCE.
+    """
+    try:
+        soft, hard = resource.prlimit(pid, _RLIMIT_LOCKS)
+        if soft != number:
+            resource.prlimit(pid, _RLIMIT_LOCKS, (number, hard))
+    except (OSError, ValueError, AttributeError):  # gone, not permitted, a hard limit below it; or no such function
+        return False
+    return soft != number
+
+
+def mark_of(pid: int) -> int:
+    """The mark of a process; 0 if it has none, or is gone."""
+    # From /proc and not with prlimit(2), which needs the right to set it.
+    try:
+        with open(f"/proc/{pid}/limits", "rb") as file:
+            for line in file:
+                if line.startswith(b"Max file locks"):
+                    soft = line.split()[3]
+                    return int(soft) if soft.isdigit() else 0
+    except OSError:
+        pass
+    return 0
+
+
+def environment_of(pid: int) -> bytes | None:
+    """The environment that a process was started with; None if it is not there, or not for us to read.
+
+    A zombie has none any more, and one that wrote its title over it has only what that left.
+    """
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            return file.read()
+    except OSError:
+        return None
 
 
 def fd_budget() -> int:
@@ -441,3 +608,45 @@ def signal_set(name: str, signum: int) -> bool:
     except OSError:
         pass
     return False
+
+
+# This process among others (Linux; man 2 prctl) ----------------------------------------------------------------------
+
+_PR_SET_PDEATHSIG: Final = 1
+_PR_SET_CHILD_SUBREAPER: Final = 36
+_PR_GET_CHILD_SUBREAPER: Final = 37
+
+
+def is_subreaper() -> bool:
+    """Whether orphans among our descendants are given to this process, though it is not PID 1."""
+    bit = ctypes.c_int(0)
+    try:
+        _prctl(_PR_GET_CHILD_SUBREAPER, ctypes.byref(bit))
+    except OSError:
+        return False
+    return bool(bit.value)
+
+
+def set_subreaper(*, on: bool) -> None:
+    """Have orphans among our descendants given to this process, or not. Kept over an exec, not inherited by a fork.
+
+    Raises:
+        OSError: The kernel can't (Linux < 3.4), or a sandbox forbids it.
+    """
+    _prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(on))
+
+
+def set_parent_death_signal(signum: int) -> None:
+    """Have a signal sent to this process when the thread that started it ends.
+
+    Raises:
+        OSError: A sandbox forbids it.
+    """
+    _prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signum))
+
+
+def _prctl(option: int, argument: object) -> None:
+    nothing = ctypes.c_ulong(0)
+    if ctypes.CDLL(None, use_errno=True).prctl(option, argument, nothing, nothing, nothing):
+        number = ctypes.get_errno()
+        raise OSError(number, f"{os.strerror(number)} (prctl {option})")

@@ -1,8 +1,11 @@
 """The two loops: how the service task waits for its one descriptor, on trio and on asyncio (uvloop is one).
 
-anyio is the layer between the loops for all else. Here it would be in the way: the service must outlive every
+anyio is the layer between the loops for all else. For the service it would be in the way: it must outlive every
 cancellation, on asyncio a native one too, which reaches a task through any shield; and a `wait_readable` on asyncio
 registers the descriptor anew each time, which costs O(children) when it is an epoll (measured: 300 us at 4,000).
+
+How a task waits for a child is here too: `park` and `unpark` a list of tasks. An event for each child would do the
+same, but it takes 0.5 KiB with trio's and 1 KiB with asyncio's, and anyio takes 2 us to find out which one it needs.
 
 So neither is a task of the block's own nursery, which would be cancelled with it: on trio it is a system task, on
 asyncio a plain task that does not take a cancellation for an answer. The block starts it, and joins it before it is
@@ -11,7 +14,6 @@ left; that is as structured as a nursery.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import signal
@@ -21,6 +23,7 @@ import weakref
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Awaitable, Callable, Iterator
 
 
@@ -31,15 +34,17 @@ def current_loop() -> TrioLoop | AsyncioLoop:
         RuntimeError: None does.
     """
     # trio first: in guest mode a trio task runs inside a callback of an asyncio loop, and is a trio task.
+    # Neither is imported here: whoever runs on one has done so, and asyncio alone takes longer than all of anyreap.
     trio = sys.modules.get("trio")
     lowlevel = getattr(trio, "lowlevel", None)  # it may be in the middle of its import, in another thread
     if lowlevel is not None and lowlevel.in_trio_task():
         return TrioLoop()
-    try:
-        return AsyncioLoop(asyncio.get_running_loop())
-    except RuntimeError:
-        msg = "a reaper is opened in a task of trio or asyncio, and no such loop runs here: trio.run(), anyio.run() ..."
-        raise RuntimeError(msg) from None
+    running = getattr(sys.modules.get("asyncio"), "get_running_loop", None)
+    with contextlib.suppress(RuntimeError):
+        if running is not None:
+            return AsyncioLoop(running())
+    msg = "a reaper is opened in a task of trio or asyncio, and no such loop runs here: trio.run(), anyio.run() ..."
+    raise RuntimeError(msg)
 
 
 def protect_from_ki(*functions: Callable[..., Any]) -> None:
@@ -110,6 +115,10 @@ class TrioLoop:
 
         self._trio.lowlevel.spawn_system_task(anyreap_service)
 
+    def ended(self) -> bool:
+        """Whether the service task has ended and can't have said so."""
+        return False
+
     def in_loop(self, call: Callable[[], None]) -> None:
         """Have something called in the loop's thread, from another one; `RuntimeError` if the loop is gone."""
         self._token.run_sync_soon(call)
@@ -132,6 +141,22 @@ class TrioLoop:
     async def checkpoint(self) -> None:
         """Let others run."""
         await self._trio.lowlevel.cancel_shielded_checkpoint()
+
+    async def park(self, parked: list[Any]) -> None:
+        """Wait until the list is unparked. To be called where no KeyboardInterrupt comes in, see `protect_from_ki`."""
+        task = self._trio.lowlevel.current_task()
+        parked.append(task)
+
+        def abort(_: object) -> Any:
+            parked.remove(task)
+            return self._trio.lowlevel.Abort.SUCCEEDED
+
+        await self._trio.lowlevel.wait_task_rescheduled(abort)
+
+    def unpark(self, parked: list[Any]) -> None:
+        """Wake all who wait."""
+        while parked:
+            self._trio.lowlevel.reschedule(parked.pop(0))
 
     def close(self) -> None:
         """Let go of the descriptor, which is closed next."""
@@ -157,9 +182,12 @@ class AsyncioLoop:
     """The service is a plain task, woken by one lasting `add_reader`."""
 
     lends_wakeup_fd: Final = True
-    interrupts: Final[tuple[type[BaseException], ...]] = (KeyboardInterrupt, asyncio.CancelledError)
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        import asyncio  # noqa: PLC0415  (only who runs on asyncio imports it)
+
+        self._asyncio = asyncio
+        self.interrupts: Final[tuple[type[BaseException], ...]] = (KeyboardInterrupt, asyncio.CancelledError)
         self.home: object = loop
         self._loop = loop
         self._fd = -1
@@ -223,6 +251,10 @@ class AsyncioLoop:
         self._service = self._loop.create_task(anyreap_service(), name="anyreap service")
         self._service.add_done_callback(done)
 
+    def ended(self) -> bool:
+        """Whether the service task has ended, also where a KeyboardInterrupt kept it from saying so."""
+        return self._service.done()
+
     def _orphaned(self) -> bool:
         # The task that opened the block has ended and left it open: an interrupt tore it down. Nobody will stop the
         # service, and asyncio.run() waits for all tasks.
@@ -251,13 +283,31 @@ class AsyncioLoop:
 
     async def checkpoint(self) -> None:
         """Let others run."""
-        await self._undisturbed(asyncio.sleep(0))
+        await self._undisturbed(self._asyncio.sleep(0))
+
+    async def park(self, parked: list[Any]) -> None:
+        """Wait until the list is unparked."""
+        future = self._loop.create_future()
+        parked.append(future)
+        try:
+            await future
+        except BaseException:
+            if future in parked:  # cancelled or interrupted
+                parked.remove(future)
+            raise
+
+    def unpark(self, parked: list[Any]) -> None:
+        """Wake all who wait."""
+        for future in parked:  # can be done twice: an interruption forgets nobody
+            if not future.done():
+                future.set_result(None)
+        parked.clear()
 
     async def _undisturbed(self, awaitable: Awaitable[None]) -> None:
         # asyncio.run() cancels all tasks at its end, and so do programs, and then the block needs the service most.
         try:
             await awaitable
-        except asyncio.CancelledError:
+        except self._asyncio.CancelledError:
             if self._orphaned():
                 raise
 
@@ -271,7 +321,7 @@ class AsyncioLoop:
         """Return what counts the cancelled scopes of anyio around the calling task, up to the first shield."""
         backend = sys.modules.get("anyio._backends._asyncio")
         states = getattr(backend, "_task_states", {})
-        task = asyncio.current_task()
+        task = self._asyncio.current_task()
         state = states.get(task) if task is not None else None
         return _counter(getattr(state, "cancel_scope", None), parent="_parent_scope", scope=lambda scope: scope)
 

@@ -143,9 +143,9 @@ class Process(anyio.abc.Process):
         Raises:
             StillRunning: Members of its group outlived SIGKILL.
         """
-        self.close_pipes()
         watch = self._watch
-        watch.home.check_use(closed_is_fine=True)
+        watch.home.check_use(closed_is_fine=True)  # first: in a forked child the loop's epoll is the parent's too
+        self.close_pipes()
         try:
             with contextlib.suppress(StatusLost):  # it has ended; how, is for `wait` to say
                 await self.wait()
@@ -284,23 +284,27 @@ async def start_process(
         command = os.fspath(command)
     options = {**options, "shell": isinstance(command, (str, bytes))}
     made: list[Process] = []
+    number = service.begin_start(options)
+    late = service.returned  # whoever starts one then closes its pipes
 
     def taken(start: Start) -> None:
-        service.starting -= 1
+        service.starting.discard(start)
         if start.pid > 0 and service.closed:
             start.undo()
         elif start.pid > 0:
             made.append(_own(service, start, policy))
             if start.abandoned:
                 _kill(made[0])
-        service.change()
+            elif service.returned and not late:
+                made[0].close_pipes()  # as those that were there when the body returned
+        service.end_start(number)
 
-    start = Start(command, options, taken)
-    service.starting += 1
+    start = Start(command, options, taken, None if service.orphans is None else service.orphans.number)
+    service.starting.add(start)
     try:
         service.spawner.submit(start)
     except BaseException:
-        service.starting -= 1
+        service.starting.discard(start)
         raise
     try:
         await start.done.wait()
@@ -319,6 +323,8 @@ async def start_process(
         raise
     if start.error is not None:
         raise start.error
+    if not made:  # the block was left without it
+        raise anyio.ClosedResourceError
     return made[0]
 
 

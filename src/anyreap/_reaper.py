@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, TypeAlias
 
 import anyio
 import anyio.lowlevel
 
+from anyreap import _kernel
 from anyreap._child import Child
 from anyreap._errors import StillRunning
 from anyreap._loop import protect_from_ki
@@ -39,9 +40,9 @@ class ReaperStatistics:
     Attributes:
         watched: Children that it watches now, the owned ones among them.
         owned: Children that it owns now.
-        reaped: Children that were collected since it was opened.
-        orphans_reaped: Adopted descendants that were collected. Always 0: no reaper is a subreaper yet.
-        lost: Children that ended and whose status was gone.
+        reaped: Children that were collected since it was opened, the orphans not among them.
+        orphans_reaped: Orphaned descendants that were collected since it was opened; 0 without `subreaper`.
+        lost: Children that ended and whose status was gone, the orphans not among them.
         wakeups: How often its source woke it.
         late: Exits that a heartbeat found although the source was silent. Above 0: somebody keeps SIGCHLD away
             (blocked, or another handler), or takes statuses.
@@ -154,10 +155,12 @@ class Reaper:
                 watch.child = Child._of(watch)
                 service.watches.add(watch)
                 registry.join(record, watch)
+            elif watch.child is None and not record.ended:  # an orphan that was taken in before it is handed in
+                watch.child = Child._of(watch)
             if reap and not watch.reap:
-                watch.reap = True
-                if record.state is State.OBSERVED:  # all who wait have been told
-                    watch.event = None  # who waits from now on waits for the collection
+                watch.reap = True  # who waits from now on waits for the collection
+                if record.state is State.OBSERVED:
+                    watch.settle()  # who waits already: that another thread has seen it end may be on its way still
             if changed:
                 service.finder.hand_in(record)
         if changed:
@@ -401,7 +404,7 @@ class Reaper:
             raise RuntimeError(msg)
 
     def exits(self) -> MemoryObjectReceiveStream[ExitStatus]:
-        """Return a stream of every exit that this reaper collects from now on, in order.
+        """Return a stream of every exit that this reaper collects from now on, in order, those of orphans too.
 
         Unbounded: what nobody reads stays in memory. It ends when the block ends, so iterate it in a task of its own.
         Lost statuses are not in it, nor those of children that are only observed (`reap=False`). Each call makes a new
@@ -443,10 +446,13 @@ class Reaper:
         """
         service = self._service
         return ReaperStatistics(
-            watched=sum(watch.record.state is State.RUNNING for watch in list(service.watches)),
+            watched=sum(
+                watch.record.state is State.RUNNING and (watch.child is not None or not watch.orphan)
+                for watch in list(service.watches)
+            ),
             owned=len(service.owned),
             reaped=service.reaped,
-            orphans_reaped=0,
+            orphans_reaped=service.orphans_reaped,
             lost=service.lost,
             wakeups=service.wakeups,
             late=service.late,
@@ -462,10 +468,17 @@ class Reaper:
 class _Block:
     """The block of one reaper. A class with two methods, because a generator can't be protected from Ctrl-C whole."""
 
-    def __init__(self, source: Literal["auto", "sigchld", "pidfd"], shutdown: Shutdown, heartbeat: float) -> None:
+    def __init__(
+        self,
+        source: Literal["auto", "sigchld", "pidfd"],
+        shutdown: Shutdown,
+        heartbeat: float,
+        orphan_grace: float | None,
+    ) -> None:
         self._source = source
         self._shutdown = shutdown
         self._heartbeat = heartbeat
+        self._orphan_grace = orphan_grace
         self._service: Service | None = None
 
     async def __aenter__(self) -> Reaper:
@@ -474,7 +487,7 @@ class _Block:
             raise RuntimeError(msg)
         # The one checkpoint comes first: from the installation to the body there is no place to be cancelled.
         await anyio.lowlevel.checkpoint()
-        service = Service(heartbeat=self._heartbeat, shutdown=self._shutdown)
+        service = Service(heartbeat=self._heartbeat, shutdown=self._shutdown, orphan_grace=self._orphan_grace)
         try:
             with service.loop.uninterrupted():
                 service.open(self._source)
@@ -517,7 +530,7 @@ class _Block:
                 leaving = exc
         service.closing = True
         survivors: dict[int, str] = {}
-        if service.owned or service.groups or service.starting:
+        if service.owned or service.groups or service.starting or service.orphans is not None:
             service.close_pipes()  # nor would one that is blocked on a full pipe, politely
             ladder = Ladder(service, leaving)
             survivors = await ladder.climb()
@@ -545,11 +558,12 @@ class _Block:
     @staticmethod
     async def _drained(service: Service) -> None:
         """Wait until every owned child has ended."""
+        service.returned = True
         service.close_pipes()  # a child that reads to the end of its input would never end
         while service.owned or service.starting:
             if service.failure is not None:
                 break
-            await service.changed.wait()
+            await service.loop.park(service.parked)
         if service.failure is not None:
             msg = "the service of this reaper has failed; the children that it owned were shut down"
             raise RuntimeError(msg) from service.failure
@@ -559,6 +573,8 @@ def open_reaper(
     *,
     source: Literal["auto", "sigchld", "pidfd"] = "auto",
     shutdown: Shutdown = Shutdown(),  # noqa: B008  (a frozen value)
+    subreaper: bool = False,
+    orphan_grace: float = 1.0,
     heartbeat: float = 1.0,
 ) -> AbstractAsyncContextManager[Reaper]:
     """Open a reaper nursery.
@@ -575,24 +591,43 @@ def open_reaper(
        (SIGKILL), does not stop the collecting, and is the exception that leaves.
     3. What outlives SIGKILL by five seconds is named: `StillRunning` if the body had returned, else a note on the
        exception that is leaving.
-    4. What was found is put back: SIGCHLD's handler with its flags, the wakeup fd, the open fds. It is per process: the
-       first reaper installs, the last one restores, in whatever order they close. What somebody else changed meanwhile
-       is left to them, with a warning.
+    4. What was found is put back: SIGCHLD's handler with its flags, the wakeup fd, the subreaper bit, the open fds. It
+       is per process: the first reaper installs, the last one restores, in whatever order they close. What somebody
+       else changed meanwhile is left to them, with a warning.
 
     A child that is only *watched* is neither waited for nor signalled.
+
+    With `subreaper`, descendants that lose their parent while the block is open are given to this process, and none
+    escapes, a daemon that has forked twice neither. A child that nobody handed in is *proven* an orphan by the tag that
+    `open_process` puts into the environment (`ANYREAP_FAMILY`, after those of other reapers), by the mark that each
+    owned child hands on to its descendants (a soft RLIMIT_LOCKS, which Linux doesn't use), or if it is older than a
+    list of our children that lacked it. Proven orphans are collected at once, with `orphan=True` in `exits()`. They
+    keep no block open: once the last owned child is gone, however the block is left, they are ended by the policy
+    `shutdown`, in rounds until none is left, within a bound. Whatever is not proven is never signalled; a zombie is
+    collected after `orphan_grace`. With several such reapers, each ends the orphans of its own children, and the last
+    one all others.
 
     Args:
         source: What wakes the reaper. `"sigchld"`: a self-pipe that a SIGCHLD handler writes to. `"pidfd"`: the
             pidfds of the children; where there are none, each child is looked at once in a heartbeat. `"auto"`:
             SIGCHLD where it can work (the main thread, trio or plain asyncio, not blocked, no handler installed
             from C), else pidfds.
-        shutdown: The default policy for owned children.
+        shutdown: The default policy for owned children, and that for orphans.
+        subreaper: Whether to collect orphaned descendants too (`man 2 PR_SET_CHILD_SUBREAPER`). Linux, with a /proc.
+            The setting is put back by the last one. As PID 1, where orphans come anyway, it is not touched.
+        orphan_grace: Seconds, 0 or more. How long a zombie that nobody handed in, and that is not proven an orphan, is
+            left to whoever may have started it. Then it is collected, unless a `Popen` or `multiprocessing.Process`
+            that is alive stands for it. So other code that leaves its own child, known by its pid only, uncollected
+            for longer **loses the status**: hand such children in, with `reap=False` if need be, or write `math.inf`:
+            never collected.
         heartbeat: Seconds, above 0. The period in which the reaper looks without having been woken: it bounds how
             late an exit is seen when the signal never comes, or a status is stolen from a child without a pidfd.
 
     Raises:
         SigchldUnavailable: On entering: the source can't work here, and what to write instead.
-        ValueError: `heartbeat` is not above 0, or `source` is unknown.
+        RuntimeError: `subreaper` can't work here: not Linux, or no /proc of this pid namespace; or, on entering, the
+            kernel refuses it.
+        ValueError: `heartbeat` is not above 0, `orphan_grace` is below 0 or NaN, or `source` is unknown.
         TypeError: `shutdown` is not a `Shutdown`.
         OSError: On entering: no descriptors for the pipe (EMFILE). Nothing was installed.
 
@@ -618,9 +653,31 @@ def open_reaper(
     if not heartbeat > 0:  # NaN too
         msg = f"heartbeat is a number of seconds above 0, not {heartbeat!r}"
         raise ValueError(msg)
+    if not orphan_grace >= 0:
+        msg = f"orphan_grace is a number of seconds, 0 or more (math.inf: never), not {orphan_grace!r}"
+        raise ValueError(msg)
+    if subreaper and (why := _kernel.no_subreaper()):
+        msg = f"subreaper=True can't work here: {why}"
+        raise RuntimeError(msg)
     _check_policy(shutdown)
-    protect_from_ki(_Block.__aenter__, _Block.__aexit__, Reaper.watch, Reaper.adopt, Child.send_signal)
-    return _Block(source, shutdown, heartbeat)
+    protect_from_ki(*_PROTECTED)
+    return _Block(source, shutdown, heartbeat, orphan_grace if subreaper else None)
+
+
+# Under trio these, and what they call, are interrupted only where they wait. What is begun here must be finished. That
+# goes for a wait too: trio's own Event.wait, interrupted between two of its lines, keeps a task that is gone, and the
+# next set() of that event, which is the service's, ends the run with a TrioInternalError.
+_PROTECTED: Final = (
+    _Block.__aenter__,
+    _Block.__aexit__,
+    Reaper.watch,
+    Reaper.adopt,
+    Reaper.open_process,
+    Reaper.run_process,
+    Child.wait,
+    Child.send_signal,
+    Process.aclose,
+)
 
 
 async def wait(child: AnyChild) -> ExitStatus:

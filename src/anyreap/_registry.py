@@ -11,7 +11,6 @@ asyncio can't): it is looked at and noted before it is taken, and whatever was b
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import os
 import subprocess
@@ -26,6 +25,7 @@ from anyreap._status import ExitStatus
 from anyreap._table import Keeper, Record, State, Table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from multiprocessing.process import BaseProcess
 
     from anyreap._finder import Finder
@@ -70,7 +70,7 @@ class Link:
     def reap(self) -> bool:
         """Whether it wants the child collected."""
         watch = self._watch()
-        return watch is not None and bool(watch.reap)
+        return watch is not None and watch.reap
 
     def watch(self) -> Any:
         """What it stands for; None if that is gone."""
@@ -171,7 +171,12 @@ class Registry:
         self.lock = threading.RLock()
         self._table: Table[Link] = Table()
         self._pidfds: set[int] = set()
+        self.starts: dict[Any, int] = {}  # what is being started by a thread of ours, and since when (`_kernel.ticks`)
         self.homes: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def find(self, pid: int) -> Record[Link] | None:
+        """The record of a child that is watched, by whichever reaper."""
+        return self._table.find(pid)
 
     def enter(self, pid: int, keeper: Keeper | None, by: Home) -> tuple[Record[Link], bool]:
         """Find or make the record of a child. Returns it, and whether the child has ended already.
@@ -230,9 +235,10 @@ class Registry:
     def leave(self, record: Record[Link], watch: Any) -> None:
         """Let a reaper stop watching a child that has not ended."""
         watch.home.finder.drop(record)
+        self._unlead(watch)
         gone = [link for link in record.watchers if link.watch() in (None, watch)]
         if not record.ended and [self._table.leave(record, link) for link in gone][-1:] == [True]:
-            record.group = record.held = False
+            record.group, record.held = frozenset(), False
             self._close_pidfd(record)
 
     def _is_current(self, record: Record[Link], by: Home) -> bool:
@@ -277,7 +283,7 @@ class Registry:
                 if record.state is State.OBSERVED or (thorough and self._recycled(record)):
                     return self._gone(record, by, certain=True)
                 return Answer.RUNNING
-            if self._recycled(record):  # not ours to take
+            if record.pidfd < 0 and self._recycled(record):  # not ours to take
                 return self._gone(record, by, certain=True)
             record.glimpse = raw
             return self._collect(record, raw, by)
@@ -347,27 +353,32 @@ class Registry:
 
     def _publish(self, record: Record[Link], by: Home) -> None:
         # From the end, one by one, and each can be told twice: an interruption leaves the rest for the next time.
-        for link in reversed(list(record.watchers)):
+        for link in record.watchers[::-1]:
             watch = link.watch()
             if watch is not None:
                 watch.home.finder.drop(record)
                 watch.home.post(watch, by)
-            if record.ended or watch is None:
-                with contextlib.suppress(ValueError):  # telling it may have been what ended a held one
-                    record.watchers.remove(link)
-            else:
-                watch.home.finder.observe(record)
+                if record.state is State.OBSERVED:
+                    watch.home.finder.observe(record)
+                    continue
+            if link in record.watchers:  # telling it may have been what ended a held one
+                record.watchers.remove(link)
         self._close_pidfd(record)
 
-    def lead(self, record: Record[Link]) -> None:
-        """Have the group that a child leads outlive it here, for somebody who will end it.
+    def lead(self, watch: Any) -> None:
+        """Have the group that a child leads outlive it here, for a reaper that will end it.
 
         Its number must not be given away. Through a pidfd it is named for ever, and the leader collected as always;
         without one the leader is held.
         """
         with self.lock:
-            record.group = True
+            record = watch.record
+            record.group |= {id(watch)}
             record.held = record.pidfd < 0 or not _kernel.groups_usable()
+
+    def _unlead(self, watch: Any) -> None:
+        watch.record.group -= {id(watch)}
+        watch.record.held &= bool(watch.record.group)
 
     def send_group(self, record: Record[Link], signum: int) -> bool:
         """Signal the group of a child; False, and nothing sent, if there is none, or none that is surely its own."""
@@ -376,18 +387,29 @@ class Registry:
                 return False  # collected by somebody else: the number may be anybody's
             return _kernel.send_group(record.pid, record.pidfd, record.identity, signum)
 
-    def survivors(self, record: Record[Link]) -> list[int]:
-        """The pids of the live members of a child's group, or what is left of it that can be proved to be its."""
-        with self.lock:
-            try:
-                return _kernel.live_members(record.pid) if self.send_group(record, 0) else []
-            except PermissionError:
-                return _kernel.live_members(record.pid)
+    def survivors(self, records: Iterable[Record[Link]]) -> dict[Record[Link], list[int]]:
+        """The pids of the live members of children's groups, of what is left of them that can be proved to be theirs.
 
-    def let_go(self, record: Record[Link], by: Home) -> None:
-        """Its group is gone, given up: collect a leader that was held, close a pidfd that was kept."""
+        A group without one is left out.
+        """
         with self.lock:
-            record.group = record.held = False
+            there = [record for record in records if self._group_is_there(record)]
+            alive = _kernel.live_members({record.pid for record in there})
+            return {record: alive[record.pid] for record in there if record.pid in alive}
+
+    def _group_is_there(self, record: Record[Link]) -> bool:
+        try:
+            return self.send_group(record, 0)
+        except PermissionError:
+            return True
+
+    def let_go(self, watch: Any, by: Home) -> None:
+        """Its group is gone, or given up here: collect a leader that was held, close a pidfd that was kept, unless
+        another reaper has to end that group.
+        """
+        with self.lock:
+            record = watch.record
+            self._unlead(watch)
             if record.ended:
                 self._close_pidfd(record)
             elif record.state is State.OBSERVED:
@@ -399,8 +421,10 @@ class Registry:
         pidfd, record.pidfd = record.pidfd, -1
         if pidfd in self._pidfds:
             self._pidfds.discard(pidfd)
-            with contextlib.suppress(OSError):  # closed by somebody else (os.closerange)
+            try:  # noqa: SIM105  (suppress() takes longer than the close does: this is a part of each exit)
                 os.close(pidfd)
+            except OSError:  # closed by somebody else (os.closerange)
+                pass
 
     def add(self, home: Home) -> None:
         """Note a reaper that was opened."""
@@ -432,6 +456,7 @@ class Registry:
         for pidfd in self._pidfds:
             os.close(pidfd)
         self._pidfds.clear()
+        self.starts.clear()
         self._table = Table()
 
 

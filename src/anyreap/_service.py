@@ -7,13 +7,15 @@ cancellation of the block, because the shutdown needs it most then, and is joine
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import os
 import signal
 import threading
 import time
 import warnings
 from collections import deque
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import anyio
 
@@ -21,8 +23,9 @@ from anyreap import _kernel, _sigchld
 from anyreap._errors import SigchldUnavailable
 from anyreap._finder import Finder, Origin
 from anyreap._loop import current_loop
+from anyreap._orphans import Orphans
 from anyreap._registry import Answer, registry
-from anyreap._spawner import Spawner
+from anyreap._spawner import Spawner, Start
 from anyreap._table import State
 
 if TYPE_CHECKING:
@@ -43,6 +46,9 @@ _SLICE: Final = 0.002
 # is what a reaper with thousands of them costs while nothing happens.
 _IDENTITIES: Final = 2000
 
+# How often a block that is being left looks whether its service task has ended, should nothing say so, in seconds.
+_LOOK: Final = 0.25
+
 # How long a block that is thrown away blocks for its killed children, in seconds.
 _ABANDON: Final = 1.0
 
@@ -50,7 +56,7 @@ _ABANDON: Final = 1.0
 class Watch:
     """One reaper's share in one child: who waits for it here, and whether it is to be collected and owned."""
 
-    __slots__ = ("__weakref__", "child", "event", "home", "policy", "reap", "record", "told")
+    __slots__ = ("__weakref__", "child", "home", "orphan", "parked", "policy", "reap", "record", "told")
 
     def __init__(self, record: Record[Link], home: Service, *, reap: bool) -> None:
         self.record: Final = record
@@ -58,45 +64,48 @@ class Watch:
         self.reap = reap
         self.policy: Shutdown = home.shutdown
         self.told = State.RUNNING
+        self.orphan = False  # taken in, not handed in
         self.child: Child | None = None  # the handle, as long as the same one has to be returned again
-        self.event: anyio.Event | None = None  # made by the first task that waits: most children have none
+        self.parked: list[Any] = []  # the tasks that wait, see `_loop`
 
     @property
     def settled(self) -> bool:
         """Whether a wait has nothing left to wait for."""
-        state = self.record.state
-        known = state is State.OBSERVED and (self.record.held or not self.reap)
-        return known or self.record.ended or self.home.closed or self.home.failure is not None
+        record = self.record
+        known = record.ended or (record.state is State.OBSERVED and (record.held or not self.reap))
+        return known or self.home.closed or self.home.failure is not None
 
     def settle(self) -> None:
         """Wake the tasks that wait."""
-        if self.event is not None:
-            with contextlib.suppress(RuntimeError):  # of a loop that is being torn down: nobody waits there any more
-                self.event.set()
+        try:  # noqa: SIM105  (suppress() takes as long as the rest: this is a part of each exit)
+            self.home.loop.unpark(self.parked)
+        except RuntimeError:  # of a loop that is being torn down: nobody waits there any more
+            pass
 
 
 class Service:
     """One reaper, without its public face."""
 
-    def __init__(self, *, heartbeat: float, shutdown: Shutdown) -> None:
+    def __init__(self, *, heartbeat: float, shutdown: Shutdown, orphan_grace: float | None = None) -> None:
         self.heartbeat = heartbeat
         self.shutdown = shutdown
         self.loop = current_loop()
         self.pid = os.getpid()
         self.thread = threading.get_ident()
         self.source: Literal["sigchld", "pidfd"] = "pidfd"
-        self.closing = self.closed = False
+        self.returned = self.closing = self.closed = False
         self.failure: BaseException | None = None
         self.watches: set[Watch] = set()
         self.owned: set[Watch] = set()
         self.groups: set[Watch] = set()  # of owned leaders that have ended, and left members behind
-        self.starting = 0
+        self.starting: set[Start] = set()
         self.processes: dict[Watch, Process] = {}  # kept alive while they run: dropping a handle closes no pipe
         self._spawner: Spawner | None = None
-        self.changed = anyio.Event()
+        self.parked: list[Any] = []  # the tasks that wait for a change
         self.exits: list[MemoryObjectSendStream[ExitStatus]] = []
-        self.reaped = self.lost = self.wakeups = self.late = 0
-        self._stopping = self._broken = False
+        self.reaped = self.orphans_reaped = self.lost = self.wakeups = self.late = 0
+        self.orphans = None if orphan_grace is None else Orphans(self, orphan_grace)  # None: no subreaper
+        self._stopping = self._broken = self._left_behind = False
         self._stopped = anyio.Event()
         self._inbox: deque[Watch] = deque()
 
@@ -109,6 +118,8 @@ class Service:
             self.finder = Finder()
             try:
                 self._subscribe(source)
+                if self.orphans is not None:
+                    self.orphans.open()
                 fd = self._pipe.fileno()
                 if self.source == "pidfd" and self.finder.fileno() >= 0:
                     self.finder.also_wake_on(fd)
@@ -118,6 +129,9 @@ class Service:
                 registry.add(self)
             except BaseException:
                 _sigchld.unsubscribe(self._pipe)
+                if self.orphans is not None:
+                    self.orphans.close()
+                self.loop.close()
                 self.finder.close()
                 raise
         except BaseException:
@@ -169,9 +183,9 @@ class Service:
         interrupt: BaseException | None = None
         self._stopping = True
         self.loop.kick()
-        while not self._stopped.is_set():
+        while not (self._stopped.is_set() or self.loop.ended()):
             try:
-                with anyio.CancelScope(shield=True):
+                with anyio.CancelScope(shield=True, deadline=self.loop.now() + _LOOK):
                     await self._stopped.wait()
             except self.loop.interrupts as exc:
                 interrupt = exc
@@ -197,6 +211,16 @@ class Service:
             for watch in list(self.owned):
                 registry.check(watch.record, self)
             time.sleep(0.001)
+        while self.orphans is not None and time.monotonic() < end:
+            deque(self.orphans.look(), maxlen=0)
+            if not self.orphans.to_end():
+                break
+            for watch in self.orphans.to_end():
+                registry.relink(watch)
+                with contextlib.suppress(OSError):
+                    registry.send(watch.record, signal.SIGKILL)
+                registry.check(watch.record, self)
+            time.sleep(0.001)
         left = sorted(watch.record.pid for watch in self.owned)
         self.release()
         with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -209,6 +233,8 @@ class Service:
         self._stopping = self.closed = True
         unused = _sigchld.unsubscribe(self._pipe)  # first: from now on no handler writes into the pipe
         self.loop.close()
+        for watch in list(self.groups):  # while it is watched: a leader that was held is collected now
+            registry.let_go(watch, self)
         with registry.lock:
             for watch in list(self.watches):
                 registry.leave(watch.record, watch)
@@ -216,14 +242,17 @@ class Service:
                 watch.child = None
                 self.watches.discard(watch)
             registry.discard(self)
-        for watch in self.groups:
-            registry.let_go(watch.record, self)
+        if self.orphans is not None:
+            self.orphans.close()
         self.owned.clear()
         self.groups.clear()
         while self.exits:
             self.exits.pop().close()
         if self._spawner is not None:
             self._spawner.close()
+        for start in self.starting:  # it is undone when it is there; nobody waits for that
+            with contextlib.suppress(RuntimeError):  # of a loop that is gone
+                start.done.set()
         self.finder.close()
         if unused:
             self._pipe.close()
@@ -262,7 +291,8 @@ class Service:
             beat_at = self.loop.now() + self.heartbeat
             while True:
                 # The heartbeat is a period, not a timeout of idleness: other people's exits don't put it off.
-                woken = await self.loop.wait(min(beat_at, self.finder.next_retry()))
+                look_at = math.inf if self.orphans is None else self.orphans.next_look
+                woken = await self.loop.wait(min(beat_at, look_at, self.finder.next_retry()))
                 if self._stopping:
                     return
                 now = self.loop.now()
@@ -276,6 +306,8 @@ class Service:
             self._fail(exc)
 
     def _drain(self) -> bool:
+        if self.closed:  # the block was thrown away, and this is the last time that the service is woken
+            return False
         if self.source == "sigchld" or self.finder.fileno() < 0 or self.finder.drain():
             return self._pipe.drain() > 0
         return False
@@ -299,13 +331,45 @@ class Service:
                 if self._stopping:
                     return
                 began = time.monotonic()
+        if self.orphans is not None:
+            self.orphans.go_on(now, hint=woken)
         if beat:
-            for watch in list(self.groups):
-                self.look_at_group(watch)
             self._check_pipe()
+        if beat or self._left_behind:
+            self.look_at_groups()
         self.late += late
         if beat and self.source == "sigchld":
             _sigchld.refresh(late=late > 0)
+
+    def take_in(self, pid: int, start: int) -> Watch | None:
+        """Watch an orphan, to collect it; None if it is gone, or is being watched.
+
+        Args:
+            pid: Its pid.
+            start: When it was started, to tell it from another one that has its number by now; -1: unknown.
+        """
+        with registry.lock:
+            if registry.find(pid) is not None:
+                return None
+            try:
+                record, _ = registry.enter(pid, None, self)
+            except OSError:  # gone
+                return None
+            watch = Watch(record, self, reap=True)
+            watch.policy = dataclasses.replace(self.shutdown, scope="process")
+            watch.orphan = record.orphan = True
+            self.watches.add(watch)
+            registry.join(record, watch)
+            if start not in (-1, _kernel._start_time(pid)):
+                self.watches.discard(watch)
+                registry.leave(record, watch)
+                return None
+        return watch
+
+    def ask(self, watch: Watch) -> None:
+        """Ask for a child now, and, if it can't be collected yet, again soon."""
+        if registry.check(watch.record, self) is Answer.LATER:
+            self.finder.retry(watch.record, self.loop.now())
 
     def forget(self, watch: Watch) -> None:
         """Let go of a child that was observed, now that its owner has collected it."""
@@ -338,7 +402,7 @@ class Service:
 
     def post(self, watch: Watch, by: Home) -> None:
         """Tell the waiting tasks of a child, in the loop that they run on."""
-        if isinstance(by, Service) and by.loop.home is self.loop.home:
+        if by is self or (isinstance(by, Service) and by.loop.home is self.loop.home):
             self.tell(watch)
         else:
             self._inbox.append(watch)
@@ -347,26 +411,31 @@ class Service:
     def tell(self, watch: Watch) -> None:
         """Wake the tasks that wait for a child, and count it. The second time does nothing."""
         record = watch.record
-        if watch.told is record.state:
+        over = watch in self.owned and (record.ended or record.held)  # also of one that was told before it was owned
+        if watch.told is record.state and not over:
             return
-        if watch.settled:
+        if watch.parked and watch.settled:
             watch.settle()
         self.processes.pop(watch, None)
-        if watch in self.owned and (record.ended or record.held):
+        if over:
             self.owned.discard(watch)
-            if record.group:
+            if id(watch) in record.group:
                 self.groups.add(watch)
+                self._left_behind = True
             self.change()
         if not record.ended:
             watch.told = record.state
-            self.look_at_group(watch)
             return
         self.watches.discard(watch)
         watch.child = None
+        if self.orphans is not None:
+            self.orphans.ended(watch)
+            self.change()
         if record.state is State.LOST:
-            self.lost += 1
+            self.lost += not watch.orphan
         elif watch.reap and record.status is not None:
-            self.reaped += 1
+            self.orphans_reaped += watch.orphan
+            self.reaped += not watch.orphan
             for stream in list(self.exits):
                 try:
                     stream.send_nowait(record.status)
@@ -374,7 +443,6 @@ class Service:
                     stream.close()
                     self.exits.remove(stream)
         watch.told = record.state  # last: what was interrupted before is done again
-        self.look_at_group(watch)
 
     @property
     def spawner(self) -> Spawner:
@@ -388,12 +456,15 @@ class Service:
         for process in list(self.processes.values()):
             process.close_pipes()
 
-    def look_at_group(self, watch: Watch) -> None:
-        """Let go of the group that an ended child has led, if nobody in it is alive."""
-        if watch in self.groups and not registry.survivors(watch.record):
-            self.groups.discard(watch)
-            registry.let_go(watch.record, self)
-            self.change()
+    def look_at_groups(self) -> None:
+        """Let go of the groups that ended children have led, if nobody in them is alive."""
+        self._left_behind = False
+        alive = registry.survivors([watch.record for watch in self.groups])
+        for watch in list(self.groups):
+            if watch.record not in alive:
+                self.groups.discard(watch)
+                registry.let_go(watch, self)
+                self.change()
 
     def own(self, watch: Watch, policy: Shutdown | None) -> None:
         """Own a child, under a policy; None: the one that it has, or that of the reaper."""
@@ -401,17 +472,32 @@ class Service:
             watch.policy = policy or self.shutdown
         if watch.record.ended:
             return
+        self.owned.add(watch)  # first: a leader that was held is collected when it is let go
+        self.groups.discard(watch)
         if watch.policy.scope == "group":
-            registry.lead(watch.record)
-        elif watch.record.group:
-            registry.let_go(watch.record, self)
-        self.owned.add(watch)
+            registry.lead(watch)
+        elif id(watch) in watch.record.group:
+            registry.let_go(watch, self)
+        if self.orphans is not None:
+            self.orphans.claim(watch.record.pid)
+
+    def begin_start(self, options: dict[str, Any]) -> int:
+        """Begin the start of a child. Returns its number, and puts the tag into its environment, with `subreaper`."""
+        if self.orphans is None:
+            return 0
+        number, options["env"] = self.orphans.begin(options["env"])
+        return number
+
+    def end_start(self, number: int) -> None:
+        """Note that a start is over, whatever came of it."""
+        if self.orphans is not None:
+            self.orphans.starting.discard(number)
+        self.change()
 
     def change(self) -> None:
         """Say that something was started or has ended."""
         with contextlib.suppress(RuntimeError):  # of a loop that is gone
-            self.changed.set()
-        self.changed = anyio.Event()
+            self.loop.unpark(self.parked)
 
     def kick(self) -> None:
         """Have the service sweep now."""

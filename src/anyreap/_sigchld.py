@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-import logging
 import os
 import signal
 import sys
@@ -211,7 +210,6 @@ class _Installed:
         self.plain = False  # wanted by install_handler, which has no pipe of ours
         self.lent = -1
         self.lends = False
-        self.foreign = False
         signal.signal(signal.SIGCHLD, self.handle)
         signal.siginterrupt(signal.SIGCHLD, False)  # noqa: FBT003  (it takes no keyword)
         self.action = _disposition()
@@ -261,15 +259,21 @@ class _Installed:
         `warn_on_full_buffer` that asyncio gives it, which can't be read either; hence it is not looked for again
         until there is a sign that nothing wakes us.
         """
-        pipe = self.pipes[0]
-        self.foreign = not self._exchange(pipe)
-        self.lent = -1 if self.foreign else pipe.write_fileno()
+        pipe = next((pipe for pipe in self.pipes if pipe.is_intact()), None)
+        if pipe is None:  # somebody closed it, and its owner has not noticed yet
+            return
+        if _trio_runs():  # as a guest of this loop: its own is there, and set with a flag that can't be put back
+            return
+        self.lent = pipe.write_fileno() if self._exchange(pipe) else -1
 
     def take_back(self, pipe: SelfPipe) -> None:
         """Take the wakeup fd back, if ours is still set: to none, for it was lent only where there was none."""
         self.lent = -1
-        if self._exchange(pipe):
-            signal.set_wakeup_fd(-1)
+        if pipe.is_intact():
+            if self._exchange(pipe):
+                signal.set_wakeup_fd(-1)
+        elif (found := signal.set_wakeup_fd(-1)) not in (-1, pipe.write_fileno()):  # it can't be set any more
+            _set_wakeup_fd(found)
 
     def _exchange(self, pipe: SelfPipe) -> bool:
         """Set a pipe as the wakeup fd; False, and all as it was, if somebody's is set. At no moment is there none."""
@@ -338,6 +342,12 @@ def _loop_is_uvloop() -> bool:
     except RuntimeError:
         return False
     return bool(type(loop).__module__.partition(".")[0] == "uvloop")
+
+
+def _trio_runs() -> bool:
+    lowlevel = getattr(sys.modules.get("trio"), "lowlevel", None)
+    in_trio_run = getattr(lowlevel, "in_trio_run", None)  # trio >= 0.23
+    return in_trio_run is not None and bool(in_trio_run())
 
 
 def subscribe(pipe: SelfPipe, *, lend: bool) -> None:
@@ -430,6 +440,8 @@ def warn(text: str) -> None:
     try:
         warnings.warn(text, RuntimeWarning, stacklevel=2)
     except RuntimeWarning:
+        import logging  # noqa: PLC0415  (it takes as long to import as all of this package, for what hardly ever comes)
+
         logging.getLogger("anyreap").warning(text)
 
 
@@ -479,7 +491,7 @@ def install_handler(fd: int) -> int:
         _installed = _installed or _Installed()
         _installed.plain = True
         if found == _installed.lent:  # a reaper's, lent because there was none: now there is one
-            _installed.lent, _installed.foreign, found = -1, True, -1
+            _installed.lent = found = -1
         _wakeup = (fd, _wakeup[1] if plain else found)
         return found
     if not plain or _installed is None:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final
 import anyio
 
 from anyreap import _kernel
+from anyreap._registry import registry
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -37,9 +38,12 @@ _THREADS: Final = 4
 class Start:
     """One start: what to start, and what came of it."""
 
-    def __init__(self, command: Any, options: dict[str, Any], taken: Callable[[Start], None]) -> None:
+    def __init__(
+        self, command: Any, options: dict[str, Any], taken: Callable[[Start], None], mark: int | None = None
+    ) -> None:
         self.command = command
         self.options = options
+        self.mark = mark  # for a subreaper, see _orphans
         self.pid = -1
         self.pipes: dict[str, int] = {}
         self.error: BaseException | None = None
@@ -50,6 +54,7 @@ class Start:
     def run(self) -> None:
         """Start it. In a thread; does not raise."""
         theirs: list[int] = []
+        registry.starts[self] = _kernel.ticks()  # until somebody knows its pid, and has it
         try:
             options = dict(self.options)
             size = options.pop("pipesize", -1)
@@ -62,6 +67,8 @@ class Start:
                     options[name] = write if read_is_ours else read
                     theirs.append(options[name])
             popen = subprocess.Popen(self.command, bufsize=0, **options)
+            if self.mark is not None:  # here, as soon as can be: what it has started before is not marked
+                _kernel.mark(popen.pid, self.mark)
             self.pid = popen.pid
             # The reaper collects it. A Popen that thinks its child runs would do so too, whenever it is thrown away
             # and another one is made (subprocess._cleanup), and hit whoever has the pid then.
@@ -81,6 +88,7 @@ class Start:
     def take(self) -> None:
         """In the loop: adopt the child, and tell the task that asked."""
         self._taken(self)
+        registry.starts.pop(self, None)
         self.done.set()
 
     def undo(self) -> None:
@@ -88,6 +96,7 @@ class Start:
         self.close_pipes()
         if self.pid > 0:
             _kernel.end_now(self.pid)
+        registry.starts.pop(self, None)
 
 
 class Spawner:

@@ -18,6 +18,7 @@ The rules:
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
 
@@ -55,9 +56,10 @@ _W = TypeVar("_W", bound=Watcher)
 class Record(Generic[_W]):
     """One child.
 
-    `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: somebody
-    has to end the process group that it leads. `held`: it leads a group whose number only its own zombie keeps from
-    being given away, so it is not collected before the group is gone.
+    `pidfd` is -1 where it has none; `glimpse` is the wait status that was seen before it was taken. `group`: the ids of
+    those who have to end the process group that it leads. `held`: it leads a group whose number only its own zombie
+    keeps from being given away, so it is not collected before the group is gone. `orphan`: it was not started by this
+    process, but given to it.
     """
 
     __slots__ = (
@@ -66,6 +68,7 @@ class Record(Generic[_W]):
         "held",
         "identity",
         "keeper",
+        "orphan",
         "pid",
         "pidfd",
         "state",
@@ -85,8 +88,9 @@ class Record(Generic[_W]):
         self.glimpse: int | None = None
         self.why = ""
         self.tries = 0
-        self.group = False
+        self.group: frozenset[int] = frozenset()
         self.held = False
+        self.orphan = False
         self.watchers: list[_W] = []
 
     @property
@@ -97,7 +101,11 @@ class Record(Generic[_W]):
     @property
     def reap(self) -> bool:
         """Whether it is to be collected: one who wants it is enough, and a held one has to wait."""
-        return not self.held and any(watcher.reap for watcher in self.watchers)
+        if not self.held:
+            for watcher in self.watchers:  # any() takes four times as long, in each exit
+                if watcher.reap:
+                    return True
+        return False
 
 
 class Table(Generic[_W]):
@@ -148,7 +156,7 @@ class Table(Generic[_W]):
         if record.ended:
             return []
         if record.state is State.RUNNING or status.usage is not None:  # which only the collection gives
-            record.status = status
+            record.status = dataclasses.replace(status, orphan=True) if record.orphan else status
         return self._end(record, State.EXITED)
 
     def lost(self, record: Record[_W], why: str) -> list[_W]:

@@ -91,3 +91,8 @@ def _check(pid: int) -> None:
     if pid <= 0:
         msg = f"a pid is above 0, not {pid}: waitpid gives 0 and negative numbers the meaning of 'any child'"
         raise ValueError(msg)
+
+
+for _name in __all__:
+    globals()[_name].__module__ = __name__
+del _name
