@@ -653,7 +653,8 @@ async def test_native_cancellation_in_the_grace(source: Any, stage: Stage, sent:
     scope = anyio.CancelScope()
 
     async def block() -> None:
-        with scope:
+        # Seen at the block, not at the task: up to 4.15 anyio's scope takes a native cancellation for its own.
+        with scope, pytest.raises(asyncio.CancelledError):
             async with anyreap.open_reaper(source=source, shutdown=PATIENT) as reaper:
                 held.append(reaper.adopt(pid))
                 if first == "raised":
@@ -670,9 +671,7 @@ async def test_native_cancellation_in_the_grace(source: Any, stage: Stage, sent:
         await until(lambda: CONT in sent.to(pid))
         assert sent.to(pid) == [TERM, CONT]
         task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    assert task.cancelled()
+        await task
     assert held[0].returncode == -KILL
     assert sent.to(pid) == [TERM, CONT, KILL]
 
