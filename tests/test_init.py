@@ -71,7 +71,8 @@ def signals(name: str, text: str) -> set[int]:
     """One of the sets of signals in a text like `/proc/PID/status`."""
     found = next(line for line in text.splitlines() if line.startswith(name + ":"))
     mask = int(found.split()[1], 16)
-    return {number for number in range(1, 65) if mask >> (number - 1) & 1}
+    # Without the two that the C library keeps to itself (`man 7 signal`): no program can set them.
+    return {number for number in range(1, 65) if mask >> (number - 1) & 1} - {32, 33}
 
 
 def end_descendants(pid: int) -> None:

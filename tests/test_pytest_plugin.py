@@ -23,7 +23,9 @@ ALONE = ("-p", "no:anyio", "-p", "no:trio", "-p", "no:hypothesispytest")
 @pytest.fixture
 def run_pytest(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> RunPytest:
     """Run pytest in a process of its own, which ends with all stacks if it hangs."""
-    monkeypatch.delenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", raising=False)
+    # With CI in the environment pytest says all of a failure twice.
+    for name in ("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "CI", "BUILD_NUMBER"):
+        monkeypatch.delenv(name, raising=False)
     limits = ("-o", "faulthandler_timeout=30", "-o", "faulthandler_exit_on_timeout=true")
     return functools.partial(pytester.runpytest_subprocess, *limits)
 

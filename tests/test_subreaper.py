@@ -394,10 +394,13 @@ async def test_native_cancellation_ends_the_grace_of_orphans(source: Any, nest: 
         async with anyreap.open_reaper(source=source, subreaper=True, shutdown=PATIENT) as reaper:
             script = "sh -c 'trap \"echo 1\" TERM; echo $$; while :; do sleep 3600 & wait; done' & read x"
             await nest.start(reaper, script)
+            pids.extend(nest.hear())  # its trap is set
             nest.say()
 
+    pids: list[int] = []
     task = asyncio.create_task(block())
-    (pid,) = await anyio.to_thread.run_sync(nest.hear)
+    await until(lambda: pids)
+    (pid,) = pids
     await anyio.to_thread.run_sync(nest.hear)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
