@@ -246,6 +246,8 @@ def look() -> Found:
 PRELUDE = """
 import faulthandler, gc, os, signal, subprocess, sys, threading, warnings
 faulthandler.dump_traceback_later({limit}, exit=True)
+# That watchdog is a thread, if only to the kernel, which Python >= 3.12 asks.
+warnings.filterwarnings("ignore", "This process .* is multi-threaded, use of fork", DeprecationWarning)
 import anyio, anyio.lowlevel
 import anyreap
 from tests import broken
