@@ -727,7 +727,7 @@ async def test_one_descriptor_for_a_child(source: Any, pidfds: bool) -> None:
     """Promise 10: a child takes one descriptor, however many reapers, waiters and calls; none once
     it has ended.
     """
-    threads = len(os.listdir("/proc/self/task"))
+    threads = set(os.listdir("/proc/self/task"))  # of which those of a pool may end meanwhile
     async with (
         anyreap.open_reaper(source=source, heartbeat=0.05) as one,
         anyreap.open_reaper(source=source, heartbeat=0.05) as two,
@@ -740,7 +740,7 @@ async def test_one_descriptor_for_a_child(source: Any, pidfds: bool) -> None:
                     reaper.adopt(pid)
             held = len(open_fds()) - before - 2  # the gate's
             assert held == (30 if pidfds else 0)
-            assert len(os.listdir("/proc/self/task")) == threads
+            assert set(os.listdir("/proc/self/task")) <= threads
             gate.open()
             await until(lambda: one.statistics().owned == two.statistics().owned == 0)
         assert len(open_fds()) == before
