@@ -613,7 +613,7 @@ def open_reaper(
             SIGCHLD where it can work (the main thread, trio or plain asyncio, not blocked, no handler installed
             from C), else pidfds.
         shutdown: The default policy for owned children, and that for orphans.
-        subreaper: Whether to collect orphaned descendants too (`man 2 PR_SET_CHILD_SUBREAPER`). Linux, with a /proc.
+        subreaper: An experiment still. Whether to collect orphaned descendants too (`man 2 PR_SET_CHILD_SUBREAPER`). Linux, with a /proc.
             The setting is put back by the last one. As PID 1, where orphans come anyway, it is not touched.
         orphan_grace: Seconds, 0 or more. How long a zombie that nobody handed in, and that is not proven an orphan, is
             left to whoever may have started it. Then it is collected, unless a `Popen` or `multiprocessing.Process`
