@@ -614,7 +614,8 @@ def open_reaper(
             from C), else pidfds.
         shutdown: The default policy for owned children, and that for orphans.
         subreaper: An experiment still. Whether to collect orphaned descendants too (`man 2 PR_SET_CHILD_SUBREAPER`).
-            Linux, with a /proc. The setting is put back by the last one. As PID 1, where orphans come anyway, it is not touched.
+            Linux, with a /proc. The setting is put back by the last one. As PID 1, where orphans come anyway, it is not
+            touched.
         orphan_grace: Seconds, 0 or more. How long a zombie that nobody handed in, and that is not proven an orphan, is
             left to whoever may have started it. Then it is collected, unless a `Popen` or `multiprocessing.Process`
             that is alive stands for it. So other code that leaves its own child, known by its pid only, uncollected
