@@ -205,12 +205,11 @@ def take(pid: int) -> tuple[int, resource.struct_rusage] | None:
 
 
 def take_stop(pid: int) -> int | None:
-    """The signal that a child of ours has been stopped by; None if it has not, or if that was told already.
-
-    Raises:
-        ChildProcessError: It is not an unreaped child of ours.
-    """
-    found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | _WALL)
+    """The signal that a child of ours has been stopped by; None if it has not, or if that was told already."""
+    try:
+        found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | _WALL)
+    except ChildProcessError:  # it has ended in this moment: of a zombie the kernel tells no stop, but ECHILD
+        return None
     return found.si_status if found is not None and found.si_pid == pid else None
 
 
