@@ -53,6 +53,13 @@ HOSTS = (
 )
 
 
+def beat(source: str, *, pidfds: bool = True) -> float:
+    """A heartbeat that can't be what finds an exit, unless nothing else can: a lost wake-up is a
+    hang then.
+    """
+    return 0.01 if source == "pidfd" and not pidfds else 3600.0
+
+
 # Starting children ---------------------------------------------------------------------------------------------------
 
 
@@ -121,10 +128,22 @@ class Gate:
         self.close()
 
 
+def leaves_with(gate: Gate, code: int) -> None:
+    """What a forked multiprocessing.Process does: wait at a gate, then exit."""
+    os.close(gate.write)
+    os.read(gate.read, 1)
+    os._exit(code)
+
+
 def await_death(*pids: int) -> None:
     """Block until children have ended, and leave them zombies."""
     for pid in pids:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is alive, and not stopped."""
+    return state_of(pid) in {"R", "S", "D"}
 
 
 def is_zombie(pid: int) -> bool:
@@ -176,6 +195,11 @@ def open_fds() -> dict[int, str]:
         except OSError:  # the one that listdir used
             continue
     return found
+
+
+def numbers() -> set[int]:
+    """The numbers of the open descriptors."""
+    return set(open_fds())
 
 
 class _Sigaction(ctypes.Structure):

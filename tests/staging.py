@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,17 @@ def pid_of(pidfd: int) -> int:
     found = re.search(r"^Pid:\s*(-?\d+)", Path(f"/proc/self/fdinfo/{pidfd}").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1])
+
+
+def strace() -> str:
+    """Where strace is; skips the test if there is none, or it may not trace."""
+    found = shutil.which("strace")
+    if found is None:
+        pytest.skip("strace is not installed")
+    probe = [found, "-qq", "-o", "/dev/null", "true"]
+    if subprocess.run(probe, check=False, capture_output=True).returncode:
+        pytest.skip("strace may not trace here")
+    return found
 
 
 # What is seized, and killed, stays a zombie that its parent can't collect before the tracer has, or is gone:

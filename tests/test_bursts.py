@@ -7,7 +7,6 @@ from __future__ import annotations
 import errno
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from tests.harness import (
     Gate,
     Host,
     await_death,
+    beat,
     children,
     collect,
     end,
@@ -32,10 +32,12 @@ from tests.harness import (
     is_zombie,
     open_fds,
     run_alone,
+    runs,
     sleeper,
     state_of,
     until,
 )
+from tests.staging import pid_of, strace
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,18 +50,6 @@ SIGCHLD_HOSTS = [host for host in HOSTS if host.source == "sigchld"]
 
 # Each source once: the rest gets a quarter of them.
 BIG = [HOSTS[0], HOSTS[4]]
-
-
-def beat(source: str, *, pidfds: bool = True) -> float:
-    """A heartbeat that can't be what finds an exit, unless nothing else can: a lost wake-up is a
-    hang then.
-    """
-    return 0.01 if source == "pidfd" and not pidfds else 3600.0
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is alive, and not stopped."""
-    return state_of(pid) in {"R", "S", "D"}
 
 
 def cats(gate: Gate, count: int) -> list[int]:
@@ -288,23 +278,13 @@ async def test_signals_without_an_exit(
         collect(pid)
 
 
-def _strace() -> str:
-    found = shutil.which("strace")
-    if found is None:
-        pytest.skip("strace is not installed")
-    probe = [found, "-qq", "-o", "/dev/null", "true"]
-    if subprocess.run(probe, check=False, capture_output=True).returncode:
-        pytest.skip("strace may not trace here")
-    return found
-
-
 def test_a_signal_at_every_poll(host: Host) -> None:
     """A8: SIGCHLD injected at every epoll_wait while fifty children exit: fifty statuses, and no
     livelock.
     """
     calls = "epoll_wait,epoll_pwait,epoll_pwait2"
     inject = ["-e", f"trace={calls}", "-e", f"inject={calls}:signal=SIGCHLD"]
-    wrapper = [_strace(), "-qq", "-o", "/dev/null", *inject]
+    wrapper = [strace(), "-qq", "-o", "/dev/null", *inject]
     run_alone(
         """
         async def main():
@@ -329,7 +309,7 @@ def test_a_signal_at_every_poll(host: Host) -> None:
 
 def test_calls_that_are_interrupted(host: Host) -> None:
     """G8: system calls that return EINTR, each kind three times in a row, are called again, and nobody notices."""
-    _strace()
+    strace()
     done = run_alone(
         """
         import ctypes
@@ -584,11 +564,11 @@ async def test_strace_as_a_grandchild(source: Any) -> None:
     """D12 (tokio#7144): under `strace -D` the pidfd may be readable before the status is there: no
     spin, no error.
     """
-    strace = _strace()
+    where = strace()
     async with anyreap.open_reaper(source=source, heartbeat=3600) as reaper:
         with Gate() as gate, anyio.fail_after(20):
             popen = subprocess.Popen(
-                [strace, "-D", "-qq", "-o", "/dev/null", "/bin/sh", "-c", "read x; exit 7"],
+                [where, "-D", "-qq", "-o", "/dev/null", "/bin/sh", "-c", "read x; exit 7"],
                 stdin=gate.read,
             )
             child = reaper.watch(popen)
@@ -628,15 +608,6 @@ async def test_an_errno_that_nobody_expects(
             assert (await reaper.wait(exits_with(8))).returncode == 8
             monkeypatch.undo()
     end(child.pid)
-
-
-def pid_of(pidfd: int) -> int:
-    """The pid that a pidfd names."""
-    with open(f"/proc/self/fdinfo/{pidfd}") as file:
-        for line in file:
-            if line.startswith("Pid:"):
-                return int(line.split()[1])
-    return 0
 
 
 async def test_idle(source: Any, pidfds: bool) -> None:

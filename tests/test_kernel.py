@@ -800,7 +800,7 @@ def test_nobody_asks_where_there_are_none(child: int, monkeypatch: pytest.Monkey
     monkeypatch.setattr(_kernel, "_usable", False)
     monkeypatch.setattr(os, "pidfd_open", lambda *_: pytest.fail("asked"))
     assert _kernel.open_pidfd(child) == -1
-    assert _kernel.identify(child) == _kernel._start_time(child)
+    assert _kernel.identify(child) == _kernel.start_time(child)
 
 
 # The probe ----------------------------------------------------------------------------------------
@@ -906,7 +906,7 @@ def test_decoding_of_nothing() -> None:
 
 def test_name_of_a_process_does_not_move_its_fields(tmp_path: Path) -> None:
     """The command in /proc/PID/stat may hold any byte: the fields after it are found."""
-    mine = _kernel._start_time(os.getpid())
+    mine = _kernel.start_time(os.getpid())
     assert mine is not None
     for name in (") (", ") R 1 (", "a b\tc", "x\ny) Z", "(((", "\u00e4\udcff"):
         program = tmp_path / name
@@ -920,7 +920,7 @@ def test_name_of_a_process_does_not_move_its_fields(tmp_path: Path) -> None:
                 assert time.monotonic() < give_up
                 os.sched_yield()
             fields = _kernel.stat_fields(pid)
-            found = _kernel._start_time(pid)
+            found = _kernel.start_time(pid)
         finally:
             end(pid)
         assert fields[0] in "RSD"
@@ -940,7 +940,7 @@ def test_nobody_has_no_fields() -> None:
     gone = exits_with(0)
     collect(gone)
     assert _kernel.stat_fields(gone) == []
-    assert _kernel._start_time(gone) is None
+    assert _kernel.start_time(gone) is None
 
 
 def test_signal_sets_of_this_process() -> None:

@@ -27,7 +27,7 @@ from anyio.streams.buffered import BufferedByteReceiveStream
 
 import anyreap
 from anyreap import _shutdown, _spawner
-from tests.harness import Gate, await_death, children, is_zombie, open_fds, state_of, until
+from tests.harness import Gate, await_death, children, is_zombie, numbers, open_fds, state_of, until
 from tests.staging import Sent, on_asyncio
 
 if TYPE_CHECKING:
@@ -104,11 +104,6 @@ async def shell(reaper: anyreap.Reaper, script: str, **options: Any) -> str:
     """Run a shell with a script; what it wrote to its standard output."""
     with anyio.fail_after(BOUND):
         return (await reaper.run_process(["/bin/sh", "-c", script], **options)).stdout.decode().strip()
-
-
-def numbers() -> set[int]:
-    """The numbers of the open descriptors."""
-    return set(open_fds())
 
 
 @contextmanager

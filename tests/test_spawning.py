@@ -19,7 +19,7 @@ import pytest
 
 import anyreap
 from anyreap import _shutdown, _spawner
-from tests.harness import HOSTS, Host, children, is_zombie, open_fds, run_alone, sigaction, state_of, until
+from tests.harness import HOSTS, Host, children, is_zombie, numbers, run_alone, sigaction, state_of, until
 from tests.staging import on_asyncio
 
 if TYPE_CHECKING:
@@ -91,11 +91,6 @@ def held_after_fork(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     held = Held(monkeypatch, after_fork=True)
     yield held
     held.go.set()
-
-
-def numbers() -> set[int]:
-    """The numbers of the open descriptors."""
-    return set(open_fds())
 
 
 def spawners() -> list[threading.Thread]:

@@ -28,10 +28,12 @@ from anyreap import ExitStatus
 from tests.harness import (
     Gate,
     await_death,
+    beat,
     children,
     collect,
     exits_with,
     is_zombie,
+    runs,
     sh,
     state_of,
     until,
@@ -42,18 +44,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.anyio
-
-
-def beat(source: str, *, pidfds: bool = True) -> float:
-    """A heartbeat that can't be what finds an exit, unless nothing else can: a lost wake-up is a
-    hang then.
-    """
-    return 0.01 if source == "pidfd" and not pidfds else 3600.0
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is alive, and not stopped."""
-    return state_of(pid) in {"R", "S", "D"}
 
 
 SIGNALS = sorted(set(map(int, signal.valid_signals())))

@@ -699,7 +699,7 @@ async def test_orphan_of_a_foreign_child_is_proven_by_its_age(source: Any, nest:
         first, second = nest.hear(2)
         orphans = reaper._service.orphans
         assert orphans is not None
-        born = max(_kernel._start_time(pid) or 0 for pid in (first, second))
+        born = max(_kernel.start_time(pid) or 0 for pid in (first, second))
         await until(lambda: orphans._listed_at >= born + _kernel.ticks_in(0.1))
         end(middle)
         assert ours(first, second)
@@ -881,7 +881,7 @@ async def test_what_is_nobody_s_is_ended_by_the_last(source: Any, nest: Nest) ->
         ) as inner:
             middle = nest.start_foreign("sleep 3600 & echo $!; sleep 3600")
             (pid,) = nest.hear()
-            born = _kernel._start_time(pid) or 0
+            born = _kernel.start_time(pid) or 0
             for reaper in (inner, outer):
                 orphans = reaper._service.orphans
                 assert orphans is not None

@@ -32,11 +32,13 @@ from tests.harness import (
     end,
     exits_with,
     is_zombie,
+    leaves_with,
     run_alone,
+    runs,
     sh,
     sleeper,
-    state_of,
 )
+from tests.staging import strace
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,18 +69,6 @@ async def told(child: anyreap.Child) -> int | None:
 def left_by(code: int, *, pidfds: bool) -> int | None:
     """What can still be said of a child whose status was stolen."""
     return code if pidfds and READS_BACK else None
-
-
-def leaves_with(gate: Gate, code: int) -> None:
-    """What a forked multiprocessing.Process does: wait at a gate, then exit."""
-    os.close(gate.write)
-    os.read(gate.read, 1)
-    os._exit(code)
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is alive, and not stopped."""
-    return state_of(pid) in {"R", "S", "D"}
 
 
 # Thieves ------------------------------------------------------------------------------------------
@@ -507,16 +497,6 @@ def test_foreign_children_of_all_kinds(host: Host) -> None:
     )
 
 
-def _strace() -> str:
-    found = shutil.which("strace")
-    if found is None:
-        pytest.skip("strace is not installed")
-    probe = [found, "-qq", "-o", "/dev/null", "true"]
-    if subprocess.run(probe, check=False, capture_output=True).returncode:
-        pytest.skip("strace may not trace here")
-    return found
-
-
 @pytest.mark.parametrize("pidfds", [True, False], ids=["pidfds", "no-pidfds"])
 def test_no_wait_for_any_child(host: Host, pidfds: bool, tmp_path: Path) -> None:
     """Promise 3, field bug 20: seen from the kernel, nothing takes "any child", nothing is
@@ -553,7 +533,7 @@ def test_no_wait_for_any_child(host: Host, pidfds: bool, tmp_path: Path) -> None
         run(main)
         """,
         host,
-        wrapper=[_strace(), "-qq", "-o", str(log), "-e", f"trace={calls}"],
+        wrapper=[strace(), "-qq", "-o", str(log), "-e", f"trace={calls}"],
         flags=(),
     )
     ours = set(done.stdout.split())

@@ -32,15 +32,17 @@ from tests.harness import (
     Gate,
     Host,
     await_death,
+    beat,
     children,
     collect,
     end,
     exits_with,
     is_zombie,
+    leaves_with,
     open_fds,
     run_alone,
+    runs,
     sleeper,
-    state_of,
     until,
 )
 
@@ -52,28 +54,9 @@ pytestmark = pytest.mark.anyio
 FORK = multiprocessing.get_context("fork")
 
 
-def beat(source: str, *, pidfds: bool = True) -> float:
-    """A heartbeat that can't be what finds an exit, unless nothing else can: a lost wake-up is a
-    hang then.
-    """
-    return 0.01 if source == "pidfd" and not pidfds else 3600.0
-
-
-def runs(pid: int) -> bool:
-    """Whether a process is alive, and not stopped."""
-    return state_of(pid) in {"R", "S", "D"}
-
-
 def shell(gate: Gate, script: str) -> subprocess.Popen[bytes]:
     """A Popen of a shell that waits at a gate, then runs a script."""
     return subprocess.Popen(["/bin/sh", "-c", "read x; " + script], stdin=gate.read)
-
-
-def leaves_with(gate: Gate, code: int) -> None:
-    """What a forked multiprocessing.Process does: wait at a gate, then exit."""
-    os.close(gate.write)
-    os.read(gate.read, 1)
-    os._exit(code)
 
 
 def process(gate: Gate, code: int) -> multiprocessing.process.BaseProcess:

@@ -253,16 +253,16 @@ def identify(pid: int, pidfd: int = -1) -> int | None:
         numbered = _pidfds_numbered(pidfd)
         if numbered:
             return os.fstat(pidfd).st_ino
-        return None if numbered is None else _start_time(pid)
+        return None if numbered is None else start_time(pid)
     if not pidfds_usable():
-        return _start_time(pid)
+        return start_time(pid)
     try:
         with _moment(pid) as fd:
             return identify(pid, fd)
     except ProcessLookupError:
         return None
     except OSError:
-        return _start_time(pid) if _numbered is False else None
+        return start_time(pid) if _numbered is False else None
 
 
 def _pidfds_numbered(pidfd: int) -> bool | None:
@@ -292,7 +292,8 @@ def stat_fields(pid: int) -> list[str]:
     return line[line.rfind(b")") + 2 :].decode("ascii", "replace").split()
 
 
-def _start_time(pid: int) -> int | None:
+def start_time(pid: int) -> int | None:
+    """When a process was started, in clock ticks since boot (`man 5 proc_pid_stat`); None if it can't be read."""
     fields = stat_fields(pid)
     return int(fields[19]) if len(fields) > 19 else None
 

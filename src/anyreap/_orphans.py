@@ -389,7 +389,7 @@ os.register_at_fork(after_in_child=_forked)
 
 
 def _started(pid: int) -> int:
-    start = _kernel._start_time(pid)
+    start = _kernel.start_time(pid)
     return -1 if start is None else start
 
 

@@ -360,7 +360,7 @@ class Service:
             watch.orphan = record.orphan = True
             self.watches.add(watch)
             registry.join(record, watch)
-            if start not in (-1, _kernel._start_time(pid)):
+            if start not in (-1, _kernel.start_time(pid)):
                 self.watches.discard(watch)
                 registry.leave(record, watch)
                 return None

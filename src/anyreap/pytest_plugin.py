@@ -164,16 +164,12 @@ def _unavailable() -> str:
 
 
 def _children() -> set[_Child]:
-    from anyreap._kernel import stat_fields  # noqa: PLC0415
+    from anyreap._kernel import children_of, stat_fields  # noqa: PLC0415
 
     found = set()
-    for task in os.listdir("/proc/self/task"):
-        pids: list[str] = []
-        with contextlib.suppress(OSError), open(_CHILDREN.format(task)) as file:  # else the thread has ended
-            pids = file.read().split()
-        for pid in map(int, pids):
-            if fields := stat_fields(pid):
-                found.add((pid, int(fields[19])))
+    for pid in children_of(os.getpid()):
+        if fields := stat_fields(pid):
+            found.add((pid, int(fields[19])))
     return found
 
 
