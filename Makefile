@@ -25,7 +25,7 @@ help: ## list these commands
 demo: $(VENV)/.group-demo ## run examples/demo.py
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.group-test ## run the tests, in two processes; with ARGS: run pytest with these
+test: $(VENV)/.group-test ## run the tests, in three processes; with ARGS: run pytest with these
 	$(BIN)/python tests/run.py $(ARGS)
 
 bench: $(VENV)/.group-bench ## measure beside the peers, the short form: five minutes at most

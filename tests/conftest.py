@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import signal
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -16,16 +17,22 @@ if TYPE_CHECKING:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --all and --half."""
+    """Add --all and --part."""
     parser.addoption("--all", action="store_true", help="every backend, with every source, with and without pidfds")
     parser.addoption(
-        "--half", choices=["first", "second"], help="every other test: what tests/run.py runs side by side"
+        "--part", metavar="N/M", help="every M-th test from the N-th on: what tests/run.py runs side by side"
     )
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C count, where a shell started the tests in the background and had them ignore it (POSIX, 2.11)."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out, unless --all is given, what differs from another case in nothing that matters most of the time; and
-    what the other half runs.
+    what the other parts run.
 
     Without pidfds both sources go the same way, but for what wakes them: the self-pipe on trio and asyncio, and the
     heartbeat on uvloop, stand for all.
@@ -39,8 +46,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 left_out.add(item)
             if params.get("pidfds") == "no-pidfds" and str(params.get("host")) in ("trio-pidfd", "asyncio-pidfd"):
                 left_out.add(item)
-    if half := config.getoption("--half"):
-        left_out.update([item for item in items if item not in left_out][half == "first" :: 2])
+    if part := config.getoption("--part"):
+        number, parts = map(int, part.split("/"))
+        kept = [item for item in items if item not in left_out]
+        left_out.update(set(kept).difference(kept[number - 1 :: parts]))
     if left_out:
         config.hook.pytest_deselected(items=list(left_out))
         items[:] = [item for item in items if item not in left_out]
