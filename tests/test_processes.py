@@ -992,6 +992,117 @@ async def test_signals(reaper: anyreap.Reaper, monkeypatch: pytest.MonkeyPatch, 
             assert sent.all == []
 
 
+# What trio's own tests ask of a process -------------------------------------------------------------------------------
+
+
+TWICE = "data=$(cat); echo $data; echo $data again >&2"
+
+
+async def test_conversation(reaper: anyreap.Reaper) -> None:
+    """A child that answers each line on both pipes is talked to: a line in two pieces, two lines at once, an answer of
+    nothing, one that a cancelled reader was too early for, and one longer than a pipe.
+    """
+    answer = 'n=0; while read c; do printf "%0${c}d\n" $n; printf "%0${c}d\n" $((n + 1)) >&2; n=$((n + 2)); done'
+    process = await reaper.open_process(["/bin/sh", "-c", answer])
+    assert process.stdin is not None
+
+    async def expect(number: int, width: int) -> None:
+        for stream, text in ((process.stdout, number), (process.stderr, number + 1)):
+            assert await line(stream) == f"{text:0{width}d}"
+
+    with anyio.fail_after(BOUND):
+        await process.stdin.send(b"1")
+        with anyio.move_on_after(0.05) as early:
+            await expect(0, 1)
+        assert early.cancelled_caught
+        await process.stdin.send(b"2\n")
+        await expect(0, 12)
+        await process.stdin.send(b"10\n20\n")
+        await expect(2, 10)
+        await expect(4, 20)
+        await process.stdin.send(b"4000\n")
+        await expect(6, 4000)
+        await process.stdin.aclose()
+        assert await rest(process.stdout) == await rest(process.stderr) == b""
+        assert await process.wait() == 0
+
+
+async def test_one_pipe_for_both(reaper: anyreap.Reaper, gate: Gate) -> None:
+    """`stderr=STDOUT` goes where stdout goes: to a pipe of ours, to one of the program's, into the result of
+    `run_process`; and there is no stream of its own.
+    """
+    read, write = os.pipe()
+    try:
+        for stdout in (PIPE, write):
+            process = await reaper.open_process(TWICE, stdout=stdout, stderr=STDOUT)
+            assert process.stdin is not None
+            assert process.stderr is None
+            assert (process.stdout is None) == (stdout == write)
+            await process.stdin.send(b"1234")
+            await process.stdin.aclose()
+            if stdout == PIPE:
+                assert await rest(process.stdout) == b"1234\n1234 again\n"
+            with anyio.fail_after(BOUND):
+                assert await process.wait() == 0
+        os.close(write)
+        write = -1
+        assert os.read(read, 100) == b"1234\n1234 again\n"
+        assert os.read(read, 100) == b""
+    finally:
+        os.close(read)
+        if write >= 0:
+            os.close(write)
+    done = await reaper.run_process(TWICE, input=b"1234", stderr=STDOUT)
+    assert _written(done) == (b"1234\n1234 again\n", None)
+    process = await reaper.open_process(["/bin/cat"], stdout=gate.write, stderr=STDOUT)
+    assert process.stdin is not None
+    assert process.stdout is process.stderr is None
+    await process.stdin.aclose()
+    with anyio.fail_after(BOUND):
+        assert await process.wait() == 0
+
+
+async def test_returncode_without_a_wait(reaper: anyreap.Reaper, pidfds: bool) -> None:
+    """A child that has ended says so to who never waits, once the loop has had its turn; and its text does."""
+    process = await reaper.open_process(SLEEP)
+    assert "running" in repr(process)
+    process.kill()
+    await until(lambda: process.returncode is not None)
+    assert process.returncode == -signal.SIGKILL
+    assert "SIGKILL" in repr(process)
+
+
+async def test_ended_and_collected_before_the_loop_hears_of_it(reaper: anyreap.Reaper) -> None:
+    """Somebody collects the child while the loop stands still, and a task waits for it: the task is woken (trio's issue
+    2209), and gets the status, which the kernel still has, or the error that it is lost; never a made-up 0.
+    """
+    process = await reaper.open_process(SLEEP)
+    with anyio.fail_after(BOUND):
+        async with anyio.create_task_group() as tasks:
+
+            async def wait() -> None:
+                try:
+                    assert await process.wait() == -signal.SIGKILL
+                except anyreap.StatusLost:
+                    assert process.returncode is None
+
+            tasks.start_soon(wait)
+            await anyio.wait_all_tasks_blocked()
+            process.kill()
+            os.waitpid(process.pid, 0)
+
+
+async def test_no_descriptor_is_left_by_any_way_to_run(reaper: anyreap.Reaper) -> None:
+    """A run that ends well, one that fails, and one that can't start leave the descriptors as they were."""
+    await reaper.run_process(["/bin/true"])
+    with nothing_started():
+        await reaper.run_process(["/bin/true"])
+        with pytest.raises(subprocess.CalledProcessError):
+            await reaper.run_process(["/bin/false"])
+        with pytest.raises(PermissionError):
+            await reaper.run_process(["/dev/null"])
+
+
 # Closing a process, and leaving the block -----------------------------------------------------------------------------
 
 
