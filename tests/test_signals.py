@@ -28,7 +28,7 @@ import anyio.abc
 import pytest
 
 import anyreap
-from anyreap import _sigchld, lowlevel
+from anyreap import _service, _sigchld, lowlevel
 from tests.harness import (
     ASYNCIO,
     HOSTS,
@@ -1578,6 +1578,27 @@ async def test_blocked_when_auto_chooses(source: Any) -> None:
             with anyio.fail_after(BOUND):
                 assert (await reaper.wait(exits_with(7))).exit_code == 7
         assert blocked_set(os.getpid()) >> (CHLD - 1) & 1
+
+
+@on_the_self_pipe
+async def test_late_is_counted_before_the_waiter_goes_on(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who waited for a child that only the heartbeat found sees that in the statistics, even where the service lets
+    other tasks run before it has gone through all children.
+    """
+    monkeypatch.setattr(_service, "_SLICE", -1.0)
+
+    async def wait(child: anyreap.Child) -> None:
+        await child.wait()
+        assert reaper.statistics().late >= 1
+
+    with sigchld_blocked(), Gate() as gate, warnings.catch_warnings(), anyio.fail_after(BOUND):
+        warnings.simplefilter("ignore")  # that it is blocked
+        async with anyreap.open_reaper(source=source, heartbeat=0.05) as reaper, anyio.create_task_group() as tasks:
+            for _ in range(5):
+                tasks.start_soon(wait, reaper.watch(gate.add_cat()))
+            await anyio.wait_all_tasks_blocked()
+            gate.open()
+            await_death(*gate.pids)
 
 
 @on_the_self_pipe

@@ -313,7 +313,7 @@ class Service:
         return False
 
     async def _sweep(self, now: float, *, woken: bool, beat: bool) -> None:
-        late, identities = 0, _IDENTITIES
+        before, identities = self.late, _IDENTITIES
         while self._inbox:
             self.tell(self._inbox.popleft())
         began = time.monotonic()
@@ -323,7 +323,8 @@ class Service:
             identities -= thorough
             answer = registry.check(record, self, thorough=thorough)
             if answer is Answer.ENDED:
-                late += running and beat and not woken and origin is not Origin.RETRIED
+                # Counted at once: at the next checkpoint who waited goes on, and may look.
+                self.late += running and beat and not woken and origin is not Origin.RETRIED
             elif answer is Answer.LATER or origin is not Origin.SCANNED:
                 self.finder.retry(record, self.loop.now())
             if time.monotonic() - began > _SLICE:
@@ -337,9 +338,8 @@ class Service:
             self._check_pipe()
         if beat or self._left_behind:
             self.look_at_groups()
-        self.late += late
         if beat and self.source == "sigchld":
-            _sigchld.refresh(late=late > 0)
+            _sigchld.refresh(late=self.late > before)
 
     def take_in(self, pid: int, start: int) -> Watch | None:
         """Watch an orphan, to collect it; None if it is gone, or is being watched.
