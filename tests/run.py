@@ -7,6 +7,7 @@ be blocked, coalesced, or delivered to a certain thread would be delivered to th
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,23 +20,29 @@ def main(arguments: list[str]) -> int:
     """Run them. Returns the exit code: that of the first part that failed."""
     if arguments:
         return subprocess.run([*PYTEST, *arguments], check=False).returncode
-    beside = []
+    # Killed, this would leave its pytests running, and these their children: SIGTERM, which CI sends to who takes too
+    # long, goes on as Ctrl-C, upon which pytest tears down what it has set up.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
+    running = []
+    outputs = [None, *(tempfile.TemporaryFile() for _ in range(1, PARTS))]  # noqa: SIM115
     try:
-        for number in range(2, PARTS + 1):
-            output = tempfile.TemporaryFile()  # noqa: SIM115
-            part = [*PYTEST, f"--part={number}/{PARTS}", "-p", "no:cacheprovider"]
-            beside.append((subprocess.Popen(part, stdout=output, stderr=subprocess.STDOUT), output))
-        codes = [subprocess.run([*PYTEST, f"--part=1/{PARTS}"], check=False).returncode]
-        for process, output in beside:
+        for number, output in enumerate(outputs, 1):
+            part = [*PYTEST, f"--part={number}/{PARTS}", *(["-p", "no:cacheprovider"] if output else [])]
+            running.append(subprocess.Popen(part, stdout=output, stderr=subprocess.STDOUT if output else None))
+        codes = []
+        for process, output in zip(running, outputs, strict=True):
             codes.append(process.wait())
-            output.seek(0)
-            sys.stdout.flush()
-            sys.stdout.buffer.write(output.read())
+            if output:
+                output.seek(0)
+                sys.stdout.flush()
+                sys.stdout.buffer.write(output.read())
+    except SystemExit:
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        raise
     finally:
-        for process, output in beside:
-            process.terminate()
+        for process in running:
             process.wait()
-            output.close()
     return next(filter(None, codes), 0)
 
 
