@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -52,6 +53,12 @@ class Stage(harness.Gate):
         said = 0
         while said < count:
             said += len(os.read(self._said, count - said))
+        # They say so before they wait at the gate. A signal between the two is looked at after the wait only: the
+        # shell asks for pending ones, then reads. No shell can do both at once, so see that they are asleep.
+        deadline = time.monotonic() + 20
+        while any(harness.state_of(pid) in ("R", "D") for pid in pids):
+            assert time.monotonic() < deadline, "a child that is set up does not wait at the gate"
+            os.sched_yield()
         return pids
 
     def hear(self) -> None:

@@ -394,7 +394,7 @@ async def test_who_waits_when_the_streams_are_closed(source: Any, gate: Gate, by
 
     with anyio.fail_after(BOUND):
         async with anyio.create_task_group() as tasks, anyreap.open_reaper(source=source) as reaper:
-            script = f"trap 'exit 3' TERM; echo; read x </dev/fd/{gate.read}"
+            script = f"echo; read x </dev/fd/{gate.read}"
             process = await reaper.open_process(["/bin/sh", "-c", script], pass_fds=[gate.read])
             await line(process.stdout)
             assert process.stdin is not None
@@ -415,7 +415,7 @@ async def test_who_waits_when_the_streams_are_closed(source: Any, gate: Gate, by
             else:
                 tasks.start_soon(_soon, process.terminate)
     assert sorted(got) == ["stderr", "stdin", "stdout"]
-    assert process.returncode == 3
+    assert process.returncode == -signal.SIGTERM
     assert process.stdin is not None
     with pytest.raises(anyio.ClosedResourceError):
         await process.stdin.send(b"a")
@@ -786,7 +786,7 @@ async def test_cancelled_run_process(reaper: anyreap.Reaper, gate: Gate, news: N
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_running, reaper, news, scope.cancel)
                 await reaper.run_process(
-                    ["/bin/sh", "-c", f"trap 'exit 7' INT; {news.say}; read x"],
+                    ["/bin/sh", "-c", f"trap 'exit 7' INT; {news.say}; while :; do sleep 0.01; done"],
                     stdin=gate.read,
                     pass_fds=[news.write],
                     shutdown=anyreap.Shutdown(signal=signal.SIGINT, grace=3600),
@@ -811,7 +811,7 @@ async def test_natively_cancelled_run_process(reaper: anyreap.Reaper, gate: Gate
     policy too, before it goes on.
     """
     before = children()
-    command = ["/bin/sh", "-c", f"trap 'exit 7' TERM; {news.say}; read x"]
+    command = ["/bin/sh", "-c", f"trap 'exit 7' TERM; {news.say}; while :; do sleep 0.01; done"]
 
     async def run() -> None:
         await reaper.run_process(command, stdin=gate.read, pass_fds=[news.write])

@@ -28,7 +28,7 @@ import anyio.abc
 import pytest
 
 import anyreap
-from anyreap import _service, _sigchld, lowlevel
+from anyreap import _sigchld, lowlevel
 from tests.harness import (
     ASYNCIO,
     HOSTS,
@@ -1581,24 +1581,34 @@ async def test_blocked_when_auto_chooses(source: Any) -> None:
 
 
 @on_the_self_pipe
-async def test_late_is_counted_before_the_waiter_goes_on(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_late_is_counted_before_the_waiter_goes_on(host: Host) -> None:
     """Who waited for a child that only the heartbeat found sees that in the statistics, even where the service lets
     other tasks run before it has gone through all children.
     """
-    monkeypatch.setattr(_service, "_SLICE", -1.0)
+    alone(
+        """
+        from anyreap import _service
+        _service._SLICE = -1.0
 
-    async def wait(child: anyreap.Child) -> None:
-        await child.wait()
-        assert reaper.statistics().late >= 1
+        async def wait(child, reaper):
+            await child.wait()
+            assert reaper.statistics().late >= 1
 
-    with sigchld_blocked(), Gate() as gate, warnings.catch_warnings(), anyio.fail_after(BOUND):
-        warnings.simplefilter("ignore")  # that it is blocked
-        async with anyreap.open_reaper(source=source, heartbeat=0.05) as reaper, anyio.create_task_group() as tasks:
-            for _ in range(5):
-                tasks.start_soon(wait, reaper.watch(gate.add_cat()))
-            await anyio.wait_all_tasks_blocked()
-            gate.open()
-            await_death(*gate.pids)
+        async def main():
+            warnings.simplefilter("ignore")  # that SIGCHLD is blocked
+            with Gate() as gate, anyio.fail_after(15):
+                async with anyreap.open_reaper(source=SOURCE, heartbeat=0.05) as reaper:
+                    async with anyio.create_task_group() as tasks:
+                        for _ in range(5):
+                            tasks.start_soon(wait, reaper.watch(gate.add_cat()), reaper)
+                        await anyio.wait_all_tasks_blocked()
+                        gate.open()
+                        await_death(*gate.pids)
+        run(main)
+        """,
+        host,
+        wrapper=("env", "--block-signal=CHLD"),
+    )
 
 
 @on_the_self_pipe
