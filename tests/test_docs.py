@@ -22,12 +22,14 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLES = [ROOT / "examples" / name for name in ("demo.py", "every_kind_of_child.py")]  # the others: test_examples.py
 
+SNIPPET = re.compile(r'^--8<-- "(?P<path>[^"]+)"$', re.MULTILINE)
 BLOCK = re.compile(r"^(?P<indent> *)```python\n(?P<code>.*?)^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 
 
 def blocks(name: str, text: str | None) -> Iterator[Any]:
     """The Python blocks of a text, as parameters of a test."""
-    for number, found in enumerate(BLOCK.finditer(text or ""), 1):
+    text = SNIPPET.sub(lambda found: (ROOT / found["path"]).read_text(), text or "")
+    for number, found in enumerate(BLOCK.finditer(text), 1):
         yield pytest.param(textwrap.dedent(found["code"]), id=f"{name}-{number}")
 
 
