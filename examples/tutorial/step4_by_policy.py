@@ -7,8 +7,8 @@ import anyreap
 POLICY = anyreap.Shutdown(grace=0.5, scope="group")
 JOBS = [
     "echo quick",
-    "trap 'echo tidying up; exit 9' TERM; while :; do sleep 0.05; done",
-    "sleep 3600 & sleep 3600 & wait",  # three processes
+    "trap 'echo tidying up; exit 9' TERM; sleep 3600 & wait",
+    "sleep 3600 & sleep 3600 & exec sleep 3600",
 ]
 
 

@@ -218,12 +218,19 @@ class Ladder:
         return max((self._killed_at[watch] for watch in rest), default=self._began) + KILL_BOUND, True
 
     def _send(self, watch: Watch, signum: int) -> None:
-        send = registry.send_group if watch.policy.scope == "group" else registry.send
-        try:
-            if watch in self._service.owned or watch in self._service.groups or watch.orphan:
+        if watch not in self._service.owned and watch not in self._service.groups and not watch.orphan:
+            return
+        if watch.policy.scope == "process":
+            sends = [registry.send]
+        elif watch.record.ended or _kernel.leads_group(watch.record.pid):
+            sends = [registry.send_group]
+        else:  # it went into another group. That one is not ours to signal, but the child is
+            sends = [registry.send_group, registry.send]
+        for send in sends:
+            try:
                 send(watch.record, signum)
-        except OSError as exc:  # EPERM: another user's by now. It may end by itself, and is named if it does not
-            self._trouble[watch] = f"signal {signum} could not be sent: {exc.strerror}"
+            except OSError as exc:  # EPERM: another user's by now. It may end by itself, and is named if it does not
+                self._trouble[watch] = f"signal {signum} could not be sent: {exc.strerror}"
 
     async def _look(self) -> None:
         began = time.monotonic()

@@ -204,6 +204,7 @@ class _Installed:
 
     def __init__(self) -> None:
         self.pipes: tuple[SelfPipe, ...] = ()
+        self.waking = False
         self.pid = os.getpid()
         self.found_action = _disposition()
         self.found: Any = signal.getsignal(signal.SIGCHLD)
@@ -222,11 +223,22 @@ class _Installed:
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
         """Write one byte into each open reaper's pipe, then call the handler that was found."""
+        # A signal that comes while this runs calls it again from within, and whoever sends them faster than it runs, as
+        # any child can (`while kill -CHLD $PPID`), would nest it until the RecursionError, in whatever the program was
+        # doing. Blocking the signal meanwhile would do, but the mask is not ours to change. So the inner call returns
+        # at once, which leaves no time to speak of for the next one. Nothing is lost: the pipes are drained in this
+        # very thread, so after this call, and the sweep that follows is later than either signal.
+        if self.waking:
+            return
         # Ours first: the one that was found may raise. In a child that was forked past Python's back (C code that
         # calls fork), where nobody could restore anything, the pipes are the parent's.
         if self.pid == os.getpid():
-            for pipe in self.pipes:
-                pipe.wake()
+            self.waking = True
+            try:
+                for pipe in self.pipes:
+                    pipe.wake()
+            finally:
+                self.waking = False
         if callable(self.found):
             self.found(signum, frame)
 

@@ -23,9 +23,10 @@ class ExitStatus:
             `subprocess.Popen.returncode`.
         core_dumped: Whether the kernel wrote a core dump (`WCOREDUMP`, `man 2 wait`).
         usage: What the child, and the descendants that it waited for, have used: `ru_utime` and `ru_stime` in
-            seconds, `ru_maxrss` in KiB on Linux and in bytes on macOS (`man 2 getrusage`). None where somebody else
-            collected the child: a `Popen` or `multiprocessing.Process` through its own method, the owner of a child
-            that was only observed, or a thief.
+            seconds, `ru_maxrss` in KiB on Linux and in bytes on macOS (`man 2 getrusage`). On Linux `ru_maxrss` begins
+            with what the process had before its exec, which is what this process had: it says nothing of a child that
+            was smaller. None where somebody else collected the child: a `Popen` or `multiprocessing.Process` through
+            its own method, the owner of a child that was only observed, or a thief.
         orphan: Whether the child was not started by this process, but adopted by it as a subreaper.
 
     Example:
