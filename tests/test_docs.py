@@ -117,6 +117,14 @@ def test_the_demo_shows_every_end(backend: str) -> None:
     assert lines[-1].strip() == "0 children left"
 
 
+def test_threat_model_names_tests_that_exist() -> None:
+    """Each line of the threat model names the test that shows it: it is there, under that name."""
+    named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?`", (ROOT / "docs" / "threats.md").read_text())
+    assert len(named) > 10
+    for file, name in named:
+        assert f"def {name}(" in (ROOT / "tests" / file).read_text() or not name, (file, name)
+
+
 def test_a_block_is_found() -> None:
     """The search for blocks finds those that are there: it would pass for ever on none."""
     assert len(IN_PAGES) >= 2
