@@ -171,6 +171,40 @@ def test_closing_in_a_forked_child_leaves_the_parents_streams(host: Host) -> Non
     run_alone(script, host)
 
 
+def test_streams_in_a_forked_child(host: Host) -> None:
+    """In a forked child a stream of the parent's process is closed without a word to the loop, whose epoll is shared
+    with the parent, and refuses to wait there. The parent's task goes on waiting, and receives.
+    """
+    script = """
+        async def main():
+            async with anyreap.open_reaper(source=SOURCE) as reaper:
+                process = await reaper.open_process(["/bin/cat"])
+                async def read():
+                    with anyio.fail_after(10):
+                        assert await process.stdout.receive() == b"said"
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(read)
+                    await anyio.wait_all_tasks_blocked()
+
+                    def inside():
+                        number = process.stdout._fd
+                        errors = [error_of(at_once, process.stdin.send(b"a")),
+                                  error_of(at_once, process.stderr.receive())]
+                        process.stdout.close()
+                        process.stdin.close()
+                        return errors, number in open_fds()
+
+                    forked = Forked(inside)
+                    errors, there = eval(forked.result)
+                    assert all(f"forked child of it, {forked.pid}" in error for error in errors), errors
+                    assert not there
+                    forked.end()
+                    await process.stdin.send(b"said")
+        run(main)
+    """
+    alone(script, host)
+
+
 def test_properties_can_be_read_in_a_forked_child(host: Host) -> None:
     """What needs no kernel can be read in a forked child: statistics, status, repr (J1)."""
     alone(

@@ -127,7 +127,7 @@ async def test_leader_that_joins_the_group_of_another(source: Any, pidfds: bool)
 async def test_name_that_looks_like_a_zombie(source: Any, pidfds: bool, tmp_path: Path, name: str) -> None:
     """A member whose name imitates the fields of /proc/PID/stat is not taken for a dead one: it is killed, too."""
     shutil.copy("/bin/sleep", tmp_path / name)
-    script = f"trap '' TERM; '{tmp_path / name}' 3600 & echo $!; trap - TERM; wait"
+    script = f"trap '' TERM; '{tmp_path / name}' 3600 & trap - TERM; echo $!; wait"
     with anyio.fail_after(BOUND), anyio.CancelScope() as scope:
         async with anyreap.open_reaper(source=source, shutdown=BRIEF, heartbeat=0.05) as reaper:
             process = await reaper.open_process(["/bin/sh", "-c", script])

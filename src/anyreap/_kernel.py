@@ -129,7 +129,9 @@ def drop_spare() -> None:
     fd, _spare = _spare, -1
     if fd >= 0:
         with contextlib.suppress(OSError):
-            os.close(fd)
+            # Somebody may have closed it (`os.closerange`), and the number be another file's.
+            if os.path.samestat(os.fstat(fd), os.stat(os.devnull)):
+                os.close(fd)
 
 
 @contextlib.contextmanager

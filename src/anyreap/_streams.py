@@ -19,6 +19,7 @@ class _Pipe:
     def __init__(self, fd: int) -> None:
         os.set_blocking(fd, False)
         self._fd = fd
+        self._pid = os.getpid()
         self._busy = False
 
     def close(self) -> None:
@@ -26,8 +27,11 @@ class _Pipe:
         # The number is forgotten before it is closed: it may be another file's at once.
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            with contextlib.suppress(RuntimeError):  # no loop runs any more: then nobody waits either
-                anyio.notify_closing(fd)
+            # In a forked child the loop's epoll is the parent's too: what is taken out of it there, no task of the
+            # parent's would ever hear of again.
+            if os.getpid() == self._pid:
+                with contextlib.suppress(RuntimeError):  # no loop runs any more: then nobody waits either
+                    anyio.notify_closing(fd)
             os.close(fd)
 
     async def aclose(self) -> None:
@@ -39,6 +43,14 @@ class _Pipe:
         fd, self._fd = getattr(self, "_fd", -1), -1
         if fd >= 0:
             os.close(fd)
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            msg = (
+                f"this stream belongs to process {self._pid}, and this is a forked child of it, {os.getpid()}: close it"
+                " here, and leave the reading and writing to the parent"
+            )
+            raise RuntimeError(msg)
 
     def _begin(self, action: str) -> None:
         if self._fd < 0:
@@ -56,6 +68,7 @@ class PipeReceiveStream(_Pipe, anyio.abc.ByteReceiveStream):
         if max_bytes < 1:
             msg = "max_bytes must be a positive integer"
             raise ValueError(msg)
+        self._check_process()
         # The checkpoint comes first, and nothing is awaited once there is data: no cancellation can take it away.
         await anyio.lowlevel.checkpoint()
         self._begin("reading from")
@@ -81,6 +94,7 @@ class PipeSendStream(_Pipe, anyio.abc.ByteSendStream):
 
     async def send(self, item: bytes) -> None:
         """Send all of it. See `anyio.abc.ByteSendStream.send`. If it is cancelled, a part may have been sent."""
+        self._check_process()
         await anyio.lowlevel.checkpoint()
         self._begin("writing to")
         try:
