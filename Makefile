@@ -42,7 +42,7 @@ check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy --strict $(CODE)
 	PATH='$(CURDIR)/$(BIN)':$$PATH pyright --verifytypes anyreap --ignoreexternal
-	$(BIN)/python -m pytest --cov --cov-branch $(ARGS)
+	$(BIN)/python tests/run.py --cov
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 docs: $(VENV)/.group-docs ## build the documentation into site/

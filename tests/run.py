@@ -1,5 +1,7 @@
 """Runs the tests: all of them, in three processes side by side, or, with arguments, what pytest makes of these.
 
+With the one argument --cov: all of them, and then says what they have not covered.
+
 Three pytests, each with every third test: most tests wait for a child more than they compute. The usual plugin for
 that, pytest-xdist, has a second thread in each of its processes, which does not block SIGCHLD: what these tests mean to
 be blocked, coalesced, or delivered to a certain thread would be delivered to that one.
@@ -13,12 +15,15 @@ import sys
 import tempfile
 
 PYTEST = [sys.executable, "-m", "pytest"]
+COVERAGE = [sys.executable, "-m", "coverage"]
 PARTS = 3
 
 
 def main(arguments: list[str]) -> int:
     """Run them. Returns the exit code: that of the first part that failed."""
-    if arguments:
+    covers = arguments == ["--cov"]
+    pytest = [*COVERAGE, "run", "-m", "pytest"] if covers else PYTEST
+    if arguments and not covers:
         return subprocess.run([*PYTEST, *arguments], check=False).returncode
     # Killed, this would leave its pytests running, and these their children: SIGTERM, which CI sends to who takes too
     # long, goes on as Ctrl-C, upon which pytest tears down what it has set up.
@@ -27,7 +32,7 @@ def main(arguments: list[str]) -> int:
     outputs = [None, *(tempfile.TemporaryFile() for _ in range(1, PARTS))]  # noqa: SIM115
     try:
         for number, output in enumerate(outputs, 1):
-            part = [*PYTEST, f"--part={number}/{PARTS}", *(["-p", "no:cacheprovider"] if output else [])]
+            part = [*pytest, f"--part={number}/{PARTS}", *(["-p", "no:cacheprovider"] if output else [])]
             running.append(subprocess.Popen(part, stdout=output, stderr=subprocess.STDOUT if output else None))
         codes = []
         for process, output in zip(running, outputs, strict=True):
@@ -43,6 +48,9 @@ def main(arguments: list[str]) -> int:
     finally:
         for process in running:
             process.wait()
+    if covers:
+        for step in (["combine", "--quiet"], ["report"]):
+            codes.append(subprocess.run([*COVERAGE, *step], check=False).returncode)
     return next(filter(None, codes), 0)
 
 
