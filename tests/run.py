@@ -49,8 +49,8 @@ def main(arguments: list[str]) -> int:
         for process in running:
             process.wait()
     if covers:
-        for step in (["combine", "--quiet"], ["report"]):
-            codes.append(subprocess.run([*COVERAGE, *step], check=False).returncode)
+        codes.append(subprocess.run([*COVERAGE, "combine", "--quiet"], check=False).returncode)
+        codes.append(subprocess.run([*COVERAGE, "report"], check=False).returncode)
     return next(filter(None, codes), 0)
 
 
