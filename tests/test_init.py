@@ -77,7 +77,9 @@ def signals(name: str, text: str) -> set[int]:
 
 def end_descendants(pid: int) -> None:
     """Kill all that a process has started, and what these start meanwhile."""
-    while alive := [each for each in psutil.Process(pid).children(recursive=True) if each.status() != "zombie"]:
+    while alive := [
+        each for each in psutil.Process(pid).children(recursive=True) if state_of(each.pid) not in ("", "Z")
+    ]:
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

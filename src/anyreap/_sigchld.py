@@ -257,7 +257,17 @@ class _Installed:
         action = _disposition()
         ours = action is None or self.action is None or action.handler == self.action.handler
         if self.found is not None:
-            signal.signal(signal.SIGCHLD, self.found)
+            # Python complains on stderr of a signal that it has noted and has no handler for by then ("ignored due to
+            # race condition"). So the kernel is told first, after which none is noted; what was, is handled by ours in
+            # the call that follows, before that takes it out.
+            if ours and not callable(self.found):
+                _dispose(self.found_action)
+            try:
+                signal.signal(signal.SIGCHLD, self.found)
+            except BaseException:  # of another handler, which that call runs as well: ours is in place still
+                if ours:
+                    _dispose(self.action)
+                raise
         # From Python's table our handler is gone either way. What the kernel calls is the one that was found, with its
         # flags, or the one that somebody installed from C after us.
         _dispose(self.found_action if ours else action)
