@@ -16,7 +16,7 @@ CODE    := $(wildcard src tests examples bench)
 .DELETE_ON_ERROR:
 # Two pips in one venv would get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-full check docs format clean examples lowest dist-check FORCE
+.PHONY: help demo test bench bench-full browser scenarios check docs format clean examples lowest dist-check FORCE
 
 help: ## list these commands
 	@echo 'make <command> [ARGS="..."] [PYTHON=python3]'
@@ -28,6 +28,9 @@ demo: $(VENV)/.group-demo ## run examples/demo.py
 test: $(VENV)/.group-test ## run the tests, in three processes; with ARGS: run pytest with these
 	$(BIN)/python tests/run.py $(ARGS)
 
+scenarios: $(VENV)/.group-test ## print the acceptance scenarios, and the tests that cover each
+	$(BIN)/python -m tests.scenarios
+
 bench: $(VENV)/.group-bench ## measure beside the peers, the short form: five minutes at most
 	$(BIN)/python -m bench $(ARGS)
 
@@ -36,6 +39,9 @@ bench-full: $(VENV)/.group-bench ## all sizes and peers, an hour or two; writes 
 
 examples: $(VENV)/.group-examples ## run all examples for real: those on FastAPI, Hypercorn and Dask too
 	$(BIN)/python -m pytest tests/test_examples.py $(ARGS)
+
+browser: $(VENV)/.group-browser ## look at the documentation in a browser, as a reader would; needs Chromium
+	$(BIN)/python -m pytest tests/test_site.py $(ARGS)
 
 check: $(VENV)/.group-check $(VENV)/.group-docs ## everything that a change must pass, fast things first
 	$(BIN)/ruff format --check $(CODE)

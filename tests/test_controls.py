@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import broken
+from tests import broken, scenarios
 
 CONTROLS = {
     "no_heartbeat": "test_theft.py::test_stolen_and_no_signal_ever_again[asyncio-sigchld-no-pidfds]",
@@ -71,3 +72,18 @@ def end_all(token: str) -> None:
                 continue
             if found:
                 os.kill(int(entry.name), signal.SIGKILL)
+
+
+def test_no_scenario_is_unaccounted_for() -> None:
+    """Each acceptance scenario is named by the docstring of a test, or has a reason why it is not."""
+    trees = [ast.parse(path.read_text()) for path in Path(__file__).parent.glob("test_*.py")]
+    tests = [
+        node
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
+    ]
+    covered = {scenario for test in tests for scenario in scenarios.named(ast.get_docstring(test))}
+    assert scenarios.unaccounted(sorted(covered)) == []
+    assert not covered & scenarios.NOT_TESTED.keys()
+    assert len(scenarios.SCENARIOS) > 140

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import functools
 import inspect
+import logging
 import os
 import platform
 import resource
@@ -2337,3 +2338,81 @@ def test_sigchld_in_another_thread(host: Host) -> None:
     with pytest.raises(anyreap.SigchldUnavailable, match=r"main thread.*source='pidfd'"):
         in_a_thread(functools.partial(anyio.run, main, backend=host.backend, backend_options=host.options))
     assert lowlevel.is_default_handler()
+
+
+@on_the_self_pipe
+def test_gil_held_in_c(host: Host) -> None:
+    """H6: C code holds the GIL while a child ends: nothing of Python's can run; noticed right after, by
+    the signal, no heartbeat comes.
+    """
+    alone(
+        """
+        import ctypes
+        async def main():
+            async with anyreap.open_reaper(source=SOURCE, heartbeat=3600) as reaper:
+                with Gate() as gate, anyio.fail_after(15):
+                    child = reaper.watch(gate.add("exit 7"))
+                    await anyio.lowlevel.checkpoint()
+                    gate.open()
+                    ctypes.PyDLL(None).usleep(300_000)
+                    await_death(child.pid)
+                    assert child.status is None
+                    assert (await child.wait()).exit_code == 7
+                    assert reaper.statistics().late == 0
+        run(main)
+        """,
+        host,
+    )
+
+
+@on_the_self_pipe
+async def test_no_memory_in_the_handler(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """N7: a handler that has no memory to write its byte raises nothing into whatever the program was
+    doing; the heartbeat finds the exit.
+    """
+    written, failed = os.write, 0
+
+    def write(fd: int, data: bytes) -> int:
+        nonlocal failed
+        if any(fd == pipe.write_fileno() for pipe in pipes):
+            failed += 1
+            raise MemoryError
+        return written(fd, data)
+
+    async with anyreap.open_reaper(source=source, heartbeat=0.1) as reaper:
+        installed = _sigchld._installed
+        assert installed is not None
+        pipes = installed.pipes
+        with monkeypatch.context() as patch, anyio.fail_after(BOUND):
+            patch.setattr(os, "write", write)
+            pid = exits_with(7)
+            assert (await reaper.wait(pid)).exit_code == 7
+        assert failed
+        assert (await reaper.wait(exits_with(8))).exit_code == 8
+
+
+@on_the_self_pipe
+async def test_log_that_raises(source: Any) -> None:
+    """N6: warnings are errors here, so what there is to say goes to the log, whose handler raises:
+    no status is lost by that, and the service goes on.
+    """
+
+    class Raising(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            raise ValueError("the disk is full")
+
+    lines: list[str] = []
+    log, handler = logging.getLogger("anyreap"), Raising()
+    log.addHandler(handler)
+    try:
+        with sigchld_found():
+            async with anyreap.open_reaper(source=source, heartbeat=0.05) as reaper:
+                signal.signal(CHLD, lambda *_: None)  # in the place of ours, and it does not call it
+                for code in (7, 8):
+                    with anyio.fail_after(BOUND):
+                        assert (await reaper.wait(exits_with(code))).exit_code == code
+    finally:
+        log.removeHandler(handler)
+    assert len(lines) == 1
+    assert "took the place of anyreap's" in lines[0]

@@ -53,6 +53,8 @@ READS_BACK = tuple(int(number) for number in re.findall(r"\d+", os.uname().relea
 
 HEARTBEAT = 0.05
 
+THOROUGH = bool(os.environ.get("ANYREAP_THOROUGH"))
+
 
 async def told(child: anyreap.Child) -> int | None:
     """What a wait says: the returncode, or None for a lost status."""
@@ -620,7 +622,7 @@ RECYCLE = """
     async def main():
         async with anyreap.open_reaper(source=SOURCE, heartbeat=0.05) as reaper:
             fill(reaper)
-            with anyio.fail_after(15):
+            with anyio.fail_after({bound}):
                 await check(reaper)
         for pid in CROWD:
             end(pid)
@@ -628,7 +630,7 @@ RECYCLE = """
 """
 
 
-def recycling(script: str, host: Host, mode: str) -> None:
+def recycling(script: str, host: Host, mode: str, *, limit: float = 30) -> None:
     """Run a check with pids that are given again, in a pid namespace of its own."""
     unshare = shutil.which("unshare")
     wrapper = [str(unshare), "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -636,10 +638,10 @@ def recycling(script: str, host: Host, mode: str) -> None:
     if unshare is None or subprocess.run(probe, check=False, capture_output=True).returncode:
         pytest.skip("no pid namespace, or no ns_last_pid, to be had here")
     expected = -9 if mode == "pidfds" and READS_BACK else None
-    head = RECYCLE.format(mode=mode, expected=expected)
+    head = RECYCLE.format(mode=mode, expected=expected, bound=limit / 2)
     indent = " " * 4
     body = "".join(indent + line + "\n" for line in script.strip("\n").splitlines())
-    run_alone(head + body + indent + "run(main)\n", host, wrapper=wrapper, flags=())
+    run_alone(head + body + indent + "run(main)\n", host, wrapper=wrapper, flags=(), limit=limit)
 
 
 MODES = ["pidfds", "no-pidfds", "past-the-budget"]
@@ -899,3 +901,59 @@ async def test_background_children_of_a_shell(source: Any) -> None:
     finally:
         os.close(read)
         os.close(write)
+
+
+RACE = """
+import queue, threading
+TRIES = {tries}
+sys.setswitchinterval(1e-5)
+
+async def hit(wanted, ended, stop):
+    '''Signal each child, as fast as it goes, from before its end until its number is somebody else's.'''
+    async with anyreap.open_reaper(source="pidfd", heartbeat=0.05) as reaper:
+        while (pid := wanted.get()) is not None:
+            child = reaper.watch(pid)
+            hits = 0
+            while not stop.is_set():
+                child.kill()
+                hits += 1
+            ended.put(hits)
+            await anyio.lowlevel.checkpoint()
+
+async def check(reaper):
+    wanted, ended, stop = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
+    thread = threading.Thread(target=run, args=(hit, wanted, ended, stop))
+    thread.start()
+    late = 0
+    try:
+        for _ in range(TRIES):
+            stop.clear()
+            child = reaper.watch(sleeper())
+            began = started(child.pid)
+            wanted.put(child.pid)
+            assert (await child.wait()).returncode == -9
+            if MODE != "pidfds":
+                tick(began)
+            with Gate() as gate:
+                innocent = recycle(child.pid, gate.add_cat)
+                stop.set()
+                late += ended.get()
+                gate.open()
+                assert collect(innocent) == 0, "an innocent child was hit"
+    finally:
+        stop.set()
+        wanted.put(None)
+        thread.join()
+    assert late > TRIES, "nobody was there to hit"
+"""
+
+
+@recycles
+def test_kill_races_with_the_reap(host: Host, mode: str) -> None:
+    """K6: one thread kills a child again and again while another one collects it and gives its number
+    to the next: that one is never hit. ANYREAP_THOROUGH=1 tries it a hundred thousand times.
+    """
+    tries = 200 if mode == "pidfds" else 40  # without pidfds each has to wait for the clock to tick
+    if THOROUGH:
+        tries *= 500
+    recycling(RACE.format(tries=tries), host, mode, limit=3000 if THOROUGH else 30)

@@ -1637,3 +1637,27 @@ async def test_reprs_say_what_it_is(source: Any) -> None:
             await child.wait()
         assert repr(child) == f"<anyreap.Child pid={child.pid} killed by SIGKILL>"
     assert "closed" in repr(reaper)
+
+
+class Broken(subprocess.Popen[bytes]):
+    """Somebody's Popen, that can't be asked."""
+
+    def poll(self) -> int | None:
+        """Fail, as a method with a bug does."""
+        raise ZeroDivisionError
+
+
+async def test_popen_whose_poll_raises(source: Any, pidfds: bool) -> None:
+    """N1: somebody else's code raises while its child is collected: that one and the 99 others of
+    the same burst are told how they ended, and the Popen too.
+    """
+    async with anyreap.open_reaper(source=source, heartbeat=beat(source, pidfds=pidfds)) as reaper:
+        with Gate() as gate, anyio.fail_after(20):
+            others = [reaper.adopt(gate.add("exit 3")) for _ in range(99)]
+            popen = Broken(["/bin/sh", "-c", "read x; exit 4"], stdin=gate.read)
+            broken = reaper.adopt(popen)
+            gate.open()
+            assert (await broken.wait()).exit_code == 4
+            assert popen.returncode == 4
+            assert [(await child.wait()).exit_code for child in others] == [3] * 99
+        assert reaper.statistics().reaped == 100

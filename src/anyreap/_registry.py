@@ -92,9 +92,10 @@ class PopenKeeper:
     def collect(self, returncode: int) -> bool:
         """Have it collect its child; False if it can't now, because another thread is in its `wait`."""
         try:
-            if self._popen.poll() is None:
-                return False
-        except Exception:  # noqa: BLE001  (somebody's subclass: one child's trouble must not end the service)
+            code = self._popen.poll()
+        except Exception:  # noqa: BLE001  (somebody's subclass: it must neither end the service nor leave a zombie)
+            code = subprocess.Popen.poll(self._popen)
+        if code is None:
             return False
         # If somebody took the status between our look and its poll, it has put down 0 (cpython#127050).
         self._popen.returncode = returncode

@@ -77,9 +77,11 @@ class SelfPipe:
         Silent when the pipe is full (it is readable then) and when it is closed (nobody waits then).
         """
         # A number that was closed may be somebody's file by now, so it is looked up each time and never kept.
-        with contextlib.suppress(OSError):
+        try:  # not suppress(), which makes an object: a signal handler shall need no memory
             if self._write >= 0:
                 os.write(self._write, b"\0")
+        except (OSError, MemoryError):  # the second in the middle of somebody's program: the heartbeat has to do
+            pass
 
     def drain(self) -> int:
         """Read all that is in the pipe. Returns the number of bytes."""
@@ -458,13 +460,14 @@ def _warn_replaced() -> None:
 
 
 def warn(text: str) -> None:
-    """Warn, and never raise: a warning that was made an error must not end the service."""
+    """Warn, and never raise: neither a warning that was made an error nor a log that fails must end the service."""
     try:
         warnings.warn(text, RuntimeWarning, stacklevel=2)
-    except RuntimeWarning:
+    except Exception:  # noqa: BLE001  (an error by a filter, or what somebody's `warnings.showwarning` raises)
         import logging  # noqa: PLC0415  (it takes as long to import as all of this package, for what hardly ever comes)
 
-        logging.getLogger("anyreap").warning(text)
+        with contextlib.suppress(Exception):
+            logging.getLogger("anyreap").warning(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
