@@ -2416,3 +2416,40 @@ async def test_log_that_raises(source: Any) -> None:
         log.removeHandler(handler)
     assert len(lines) == 1
     assert "took the place of anyreap's" in lines[0]
+
+
+def test_no_signal_is_noted_for_a_handler_that_is_gone() -> None:
+    """A thread is in the handler while the main thread takes it out: Python does not complain of a signal without
+    a handler ("ignored due to race condition"), however often.
+    """
+    done = run_alone(
+        """
+        import threading
+        from anyreap import lowlevel
+        complaints = []
+        sys.unraisablehook = lambda info: complaints.append(info.exc_value)
+        end_of_thread, ends_thread = os.pipe()
+        thread = threading.Thread(target=os.read, args=(end_of_thread, 1))
+        thread.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # so that it goes to the thread
+        parent = os.getpid()
+        senders = []
+        for _ in range(3):  # more than there are processors, or so: a thread in a handler is put aside
+            senders.append(os.fork())
+            if senders[-1] == 0:
+                while os.getppid() == parent:
+                    os.kill(parent, signal.SIGCHLD)
+                os._exit(0)
+        with lowlevel.SelfPipe() as pipe:
+            for _ in range(3000):
+                lowlevel.install_handler(pipe.write_fileno())
+                lowlevel.install_handler(-1)
+        for sender in senders:
+            end(sender)
+        os.write(ends_thread, b"x")
+        thread.join()
+        print(len(complaints))
+        """,
+        flags=(),
+    )
+    assert done.stdout == "0\n"

@@ -23,6 +23,7 @@ import resource
 import signal
 import struct
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, Final, Literal
 
@@ -600,16 +601,38 @@ def ignored_statuses() -> str:
     return ""
 
 
-def signal_set(name: str, signum: int) -> bool:
-    """Whether a signal is in one of this process's sets in `/proc/self/status`: SigIgn, SigCgt, SigBlk."""
+def signal_set(name: str, signum: int, of: str = "self") -> bool:
+    """Whether a signal is in one of the sets of `/proc/self/status`, or of a thread: SigIgn, SigCgt, SigBlk."""
     try:
-        with open("/proc/self/status", "rb") as file:
+        with open(f"/proc/{of}/status", "rb") as file:
             for line in file:
                 if line.startswith(name.encode() + b":"):
                     return bool(int(line.split()[1], 16) >> (signum - 1) & 1)
     except OSError:
         pass
     return False
+
+
+def others_handle(signum: int) -> bool:
+    """Whether another thread is in the C part of a signal's handler (of the first 32 threads).
+
+    It runs with the signal blocked (`man 2 sigaction`), and never sleeps. A thread that blocks the signal for good
+    mostly does.
+    """
+    own = str(threading.get_native_id())
+    try:
+        others = [tid for tid in os.listdir("/proc/self/task")[:32] if tid != own]
+    except OSError:  # this is not Linux
+        return False
+    return any(_runs(tid) and signal_set("SigBlk", signum, f"self/task/{tid}") for tid in others)
+
+
+def _runs(tid: str) -> bool:
+    try:
+        with open(f"/proc/self/task/{tid}/stat", "rb") as file:
+            return file.read().rpartition(b") ")[2].startswith(b"R")
+    except OSError:  # it has ended
+        return False
 
 
 # This process among others (Linux; man 2 prctl) ----------------------------------------------------------------------

@@ -26,6 +26,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -260,10 +261,12 @@ class _Installed:
         ours = action is None or self.action is None or action.handler == self.action.handler
         if self.found is not None:
             # Python complains on stderr of a signal that it has noted and has no handler for by then ("ignored due to
-            # race condition"). So the kernel is told first, after which none is noted; what was, is handled by ours in
-            # the call that follows, before that takes it out.
+            # race condition"). So the kernel is told first, after which none comes; what another thread is about to
+            # note is waited for; and what was noted is handled by ours, in the call that follows, before that takes it
+            # out.
             if ours and not callable(self.found):
                 _dispose(self.found_action)
+                _let_handlers_end()
             try:
                 signal.signal(signal.SIGCHLD, self.found)
             except BaseException:  # of another handler, which that call runs as well: ours is in place still
@@ -315,6 +318,17 @@ class _Installed:
         if hinted:
             pipe.wake()
         return ours
+
+
+def _let_handlers_end() -> None:
+    """Wait until no other thread is in the C part of a SIGCHLD handler: a few instructions, in which it may be put
+    aside on a busy machine. Bounded, for a thread that computes with the signal blocked looks the same.
+    """
+    if threading.active_count() == 1:  # as far as Python knows. Others are rare, and all that is at stake is a message
+        return
+    end = time.monotonic() + 0.02
+    while _kernel.others_handle(signal.SIGCHLD) and time.monotonic() < end:
+        time.sleep(0.0001)
 
 
 def _set_wakeup_fd(fd: int) -> bool:
