@@ -117,7 +117,7 @@ class Finder:
 
     def next_retry(self) -> float:
         """When to ask again, on the loop's clock; infinity for never."""
-        return min((due for _, due in list(self._retries.values())), default=math.inf)
+        return min((due for _, due in list(self._retries.values())), default=math.inf) if self._retries else math.inf
 
     @property
     def pending(self) -> bool:
@@ -144,10 +144,11 @@ class Finder:
         self._interrupted = before
         return piped
 
-    def candidates(self, now: float, *, beat: bool) -> Iterator[tuple[Record[Any], Origin]]:
+    def candidates(self, now: float, *, beat: bool, drained: bool = False) -> Iterator[tuple[Record[Any], Origin]]:
         """Yield the children to ask the kernel for. What is yielded must be asked for before the next one."""
         everybody, self._interrupted = self._interrupted, True
-        self.drain()
+        if not drained:
+            self.drain()
         while self._ready:
             yield self._ready.popleft(), Origin.REPORTED
         if everybody:
@@ -160,9 +161,10 @@ class Finder:
                     self._bare[pid] = record
         elif self._bare:
             yield from self._peeked()
-        for record, (_, due) in list(self._retries.items()):
-            if due <= now:
-                yield record, Origin.RETRIED
+        if self._retries:
+            for record, (_, due) in list(self._retries.items()):
+                if due <= now:
+                    yield record, Origin.RETRIED
         self._interrupted = False
 
     def _each(self, records: dict[int, Record[Any]]) -> Iterator[tuple[Record[Any], Origin]]:

@@ -144,9 +144,8 @@ class Reaper:
         pid, keeper = keeper_of(child)
         code = keeper.told() if keeper is not None else None
         if code is not None:
-            ended: Record[Link] = Record(pid, -1, None)
-            ended.state, ended.status = State.EXITED, ExitStatus(pid, code)
-            return Child._of(Watch(ended, service, reap=reap))
+            over: Record[Link] = Record.over(pid, State.EXITED, status=ExitStatus(pid, code))
+            return Child._of(Watch(over, service, reap=reap))
         with registry.lock:
             record, changed = registry.enter(pid, keeper, service)
             watch: Watch | None = registry.watch_of(record, service)

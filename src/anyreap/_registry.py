@@ -229,9 +229,7 @@ class Registry:
 
     def stolen(self, pid: int) -> Record[Link]:
         """Make the record of a child that was gone before it could be entered."""
-        record: Record[Link] = Record(pid, -1, None)
-        record.state, record.why = State.LOST, _kernel.ignored_statuses() or _STOLEN
-        return record
+        return Record.over(pid, State.LOST, why=_kernel.ignored_statuses() or _STOLEN)
 
     def leave(self, record: Record[Link], watch: Any) -> None:
         """Let a reaper stop watching a child that has not ended."""

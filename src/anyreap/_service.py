@@ -106,6 +106,7 @@ class Service:
         self.reaped = self.orphans_reaped = self.lost = self.wakeups = self.late = 0
         self.orphans = None if orphan_grace is None else Orphans(self, orphan_grace)  # None: no subreaper
         self._stopping = self._broken = self._left_behind = False
+        self._beat_at = math.inf
         self._stopped = anyio.Event()
         self._inbox: deque[Watch] = deque()
 
@@ -288,36 +289,41 @@ class Service:
 
     async def _serve(self) -> None:
         try:
-            beat_at = self.loop.now() + self.heartbeat
-            while True:
-                # The heartbeat is a period, not a timeout of idleness: other people's exits don't put it off.
-                look_at = math.inf if self.orphans is None else self.orphans.next_look
-                woken = await self.loop.wait(min(beat_at, look_at, self.finder.next_retry()))
-                if self._stopping:
-                    return
-                now = self.loop.now()
-                beat = now >= beat_at
-                if beat:
-                    beat_at = now + self.heartbeat
-                    woken = self._drain() or woken  # a signal that comes in the same moment is no silence
-                self.wakeups += woken
-                await self._sweep(now, woken=woken, beat=beat)
+            self._beat_at = self.loop.now() + self.heartbeat
+            await self.loop.serve(self._beat_at, self._woken)
         except Exception as exc:  # noqa: BLE001  (whatever it is, the waiting tasks must hear of it)
             self._fail(exc)
+
+    async def _woken(self, hint: bool) -> float | None:  # noqa: FBT001
+        if self._stopping:
+            return None
+        # The heartbeat is a period, not a timeout of idleness: other people's exits don't put it off. A hint comes
+        # before its time, so there is no need to look at the clock.
+        now = -math.inf if hint and self.orphans is None else self.loop.now()
+        beat = now >= self._beat_at
+        if beat:
+            self._beat_at = now + self.heartbeat
+            hint = self._drain() or hint  # a signal that comes in the same moment is no silence
+        self.wakeups += hint
+        await self._sweep(now, woken=hint, beat=beat)
+        due = min(self._beat_at, self.finder.next_retry())
+        return due if self.orphans is None else min(due, self.orphans.next_look)
 
     def _drain(self) -> bool:
         if self.closed:  # the block was thrown away, and this is the last time that the service is woken
             return False
-        if self.source == "sigchld" or self.finder.fileno() < 0 or self.finder.drain():
+        if self.source == "sigchld" or self.finder.drain():
             return self._pipe.drain() > 0
         return False
 
     async def _sweep(self, now: float, *, woken: bool, beat: bool) -> None:
+        # With pidfds for a source it is their epoll that has just been drained.
+        drained = self.source == "pidfd" and (woken or beat)
         before, identities = self.late, _IDENTITIES
         while self._inbox:
             self.tell(self._inbox.popleft())
         began = time.monotonic()
-        for record, origin in self.finder.candidates(now, beat=beat):
+        for record, origin in self.finder.candidates(now, beat=beat, drained=drained):
             running = record.state is State.RUNNING
             thorough = beat and origin is Origin.SCANNED and identities > 0
             identities -= thorough
@@ -414,7 +420,7 @@ class Service:
         over = watch in self.owned and (record.ended or record.held)  # also of one that was told before it was owned
         if watch.told is record.state and not over:
             return
-        if watch.parked and watch.settled:
+        if watch.parked and (record.ended or watch.settled):
             watch.settle()
         self.processes.pop(watch, None)
         if over:

@@ -91,11 +91,13 @@ class SelfPipe:
     def read(self) -> bytes:
         """Read and return all that is in the pipe: zeros from `wake`, signal numbers from a wakeup fd."""
         data = b""
-        with contextlib.suppress(OSError):  # empty; or closed behind our back, which the heartbeat notices
+        try:
             while chunk := os.read(self._read, 65536):
                 data += chunk
                 if len(chunk) < 65536:
                     break
+        except OSError:  # empty; or closed behind our back, which the heartbeat notices
+            pass
         return data
 
     def is_intact(self) -> bool:

@@ -64,12 +64,12 @@ class ExitStatus:
             assert ExitStatus.from_wait_status(42, 3 << 8).exit_code == 3
             ```
         """
-        if os.WIFEXITED(wait_status):
-            return cls(pid, os.WEXITSTATUS(wait_status), usage=usage)
-        if os.WIFSIGNALED(wait_status):
-            return cls(pid, -os.WTERMSIG(wait_status), os.WCOREDUMP(wait_status), usage)
-        msg = f"wait status {wait_status:#x} of pid {pid} is that of a stopped or continued child, not of an ended one"
-        raise ValueError(msg)
+        try:
+            code = os.waitstatus_to_exitcode(wait_status)
+        except ValueError:
+            msg = f"wait status {wait_status:#x} of pid {pid} is of a stopped or continued child, not of an ended one"
+            raise ValueError(msg) from None
+        return cls(pid, code, code < 0 and os.WCOREDUMP(wait_status), usage)
 
     @property
     def exit_code(self) -> int | None:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Final, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Final, Generic, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from anyreap._status import ExitStatus
@@ -63,6 +63,7 @@ class Record(Generic[_W]):
     """
 
     __slots__ = (
+        "ended",
         "glimpse",
         "group",
         "held",
@@ -84,6 +85,7 @@ class Record(Generic[_W]):
         self.identity: Final = identity
         self.keeper: Keeper | None = None
         self.state = State.RUNNING
+        self.ended = False  # whether everything that will ever be known of this child is known
         self.status: ExitStatus | None = None
         self.glimpse: int | None = None
         self.why = ""
@@ -93,10 +95,12 @@ class Record(Generic[_W]):
         self.orphan = False
         self.watchers: list[_W] = []
 
-    @property
-    def ended(self) -> bool:
-        """Whether everything that will ever be known of this child is known."""
-        return self.state is State.EXITED or self.state is State.LOST
+    @classmethod
+    def over(cls, pid: int, state: State, *, status: ExitStatus | None = None, why: str = "") -> Self:
+        """Make one of a child that was over before it could be entered."""
+        record = cls(pid, -1, None)
+        record.state, record.ended, record.status, record.why = state, True, status, why
+        return record
 
     @property
     def reap(self) -> bool:
@@ -171,7 +175,7 @@ class Table(Generic[_W]):
         self._remove(record)
 
     def _end(self, record: Record[_W], state: State) -> list[_W]:
-        record.state = state
+        record.state, record.ended = state, True
         record.keeper = None
         self._remove(record)
         return list(record.watchers)
