@@ -299,7 +299,7 @@ async def start_process(
                 made[0].close_pipes()  # as those that were there when the body returned
         service.end_start(number)
 
-    start = Start(command, options, taken, None if service.orphans is None else service.orphans.number)
+    start = Start(command, options, taken, service.orphans)
     service.starting.add(start)
     try:
         service.spawner.submit(start)
