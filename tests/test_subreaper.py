@@ -28,7 +28,7 @@ import anyio
 import pytest
 
 import anyreap
-from anyreap import _kernel, _orphans, _service, _shutdown
+from anyreap import _kernel, _orphans, _service, _shutdown, _spawner
 from tests import harness
 from tests.harness import (
     HOSTS,
@@ -501,6 +501,106 @@ async def test_orphans_that_die_are_collected_soon(source: Any, nest: Nest, how:
     assert [told[pid].exit_code for pid in pids] == codes
     assert all(told[pid].orphan for pid in pids)
     assert not told[middle].orphan
+
+
+@on_two_hosts
+async def test_orphans_that_were_left_before_the_mark(source: Any, nest: Nest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who was left behind before its ancestor could be marked, and is alive when `open_process` returns, is proven by
+    then: it may die before the next look, and a zombie has no tag.
+    """
+    mark = _kernel.mark
+
+    def late(pid: int, number: int) -> bool:
+        if threading.current_thread().name.startswith("anyreap spawner"):
+            await_death(pid)  # as if the thread had been put aside since the fork
+        return mark(pid, number)
+
+    monkeypatch.setattr(_kernel, "mark", late)
+    async with anyreap.open_reaper(source=source, subreaper=True, orphan_grace=math.inf) as reaper:
+        exits = reaper.exits()
+        await nest.start(reaper, "exec 3<&0; (read x; exit 5) <&3 & echo $!; (read x; exit 5) <&3 & echo $!; exit 0")
+        pids = nest.hear(2)
+        for _ in pids:
+            nest.say()
+        await_death(*pids)  # no await: nobody looks in between
+        await until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    told = drain(exits)
+    assert [(told[pid].exit_code, told[pid].orphan) for pid in pids] == [(5, True)] * 2
+
+
+@on_two_hosts
+async def test_orphan_that_dies_before_the_start_is_over(
+    source: Any, nest: Nest, looks: Looks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that takes its time puts no judgment off: it is the child of another thread than the orphans are."""
+    go_on = threading.Event()
+    run = _spawner.Start.run
+
+    def hold(start: _spawner.Start) -> None:
+        run(start)
+        go_on.wait(60)
+
+    async with anyreap.open_reaper(source=source, subreaper=True, orphan_grace=math.inf, heartbeat=0.02) as reaper:
+        exits = reaper.exits()
+        monkeypatch.setattr(_spawner.Start, "run", hold)
+        async with anyio.create_task_group() as tasks:
+            try:
+                tasks.start_soon(nest.start, reaper, "exec 3<&0; (read x; exit 5) <&3 & echo $!; exec sleep 0")
+                await until(lambda: bool(select.select([nest._read], [], [], 0)[0]))
+                (pid,) = nest.hear()
+                await until(lambda: ours(pid))
+                await looks.more()
+                nest.say()
+                await until(lambda: not Path(f"/proc/{pid}").exists())
+            finally:
+                go_on.set()
+    assert drain(exits)[pid].orphan
+
+
+@on_two_hosts
+async def test_orphan_in_the_middle_of_its_exec(source: Any, nest: Nest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as an exec goes on there is no environment to be read: who is in it is judged again, and again, and is
+    no stray meanwhile.
+    """
+    monkeypatch.setattr(_kernel, "mark", lambda *_: False)
+    monkeypatch.setattr(_orphans, "_MARGIN", -3600)  # anybody would be one
+    readings: Counter[int] = Counter()
+    environment_of, has_arguments = _kernel.environment_of, _kernel.has_arguments
+
+    def environment(pid: int) -> bytes | None:
+        readings[pid] += 1
+        return environment_of(pid) if readings[pid] > 8 else b""
+
+    monkeypatch.setattr(_kernel, "environment_of", environment)
+    monkeypatch.setattr(_kernel, "has_arguments", lambda pid: readings[pid] > 8 and has_arguments(pid))
+    async with anyreap.open_reaper(source=source, subreaper=True, orphan_grace=math.inf, shutdown=PATIENT) as reaper:
+        exits = reaper.exits()
+        await nest.start(reaper, LEAVES_ONE)
+        (pid,) = nest.hear()
+    assert drain(exits)[pid].orphan
+    assert readings[pid] == 9
+
+
+@on_two_hosts
+async def test_last_list_must_be_complete(source: Any, nest: Nest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list that may lack somebody says nothing about who is left when the block is to be left."""
+    found = _kernel.children
+    lists: list[int] = []
+
+    def incomplete() -> tuple[dict[int, bool | None], bool]:
+        if not lists:
+            return found()
+        lists.pop()
+        return {}, False
+
+    monkeypatch.setattr(_kernel, "children", incomplete)
+    async with anyreap.open_reaper(source=source, subreaper=True, orphan_grace=math.inf, shutdown=PATIENT) as reaper:
+        exits = reaper.exits()
+        lists += range(10)
+        await nest.start(reaper, LEAVES_ONE)
+        (pid,) = nest.hear()
+    assert drain(exits)[pid].orphan
+    assert not lists
 
 
 @pytest.mark.usefixtures("no_pidfds")

@@ -59,9 +59,9 @@ _MARGIN: Final = 2.0
 # When to judge again who can't be judged yet, in seconds.
 _SOON: Final = 0.01
 
-# How often an environment that is empty is read again. It is while a process is in the middle of its exec, which takes
-# as long as the disk and the scheduler like; it shows no arguments then, so that case gets a time, in seconds. Two execs
-# may follow each other between the one reading and the other, so the rest gets a few readings as well.
+# How often an environment that is empty is read again. It is empty while a process is in the middle of its exec, which
+# takes as long as the disk and the scheduler like. No arguments are shown then either, so that case gets a time, in
+# seconds. One exec may follow another between the two readings, so the rest gets a few readings as well.
 _READINGS: Final = 3
 _EXEC: Final = 5.0
 
@@ -167,16 +167,19 @@ class Orphans:
         tagged = f"{tags} {self.token}.{self._started}".strip()
         return self._started, {**(os.environ if env is None else env), VARIABLE: tagged}
 
-    def claim(self, pid: int) -> None:
-        """Mark a child, and the descendants that it has. From any thread."""
+    def claim(self, pid: int) -> bool:
+        """Mark a child, and the descendants that it has, from any thread. True if one of these was not marked yet."""
         # Marked first, then asked for its children: those that it starts after that inherit the mark. So a descendant
         # that is marked already was dealt with, and however fast they fork, this ends.
         _kernel.mark(pid, self.number)
         todo = _kernel.children_of(pid)
+        found = False
         while todo:
             pid = todo.pop()
             if _kernel.mark(pid, self.number):
+                found = True
                 todo += _kernel.children_of(pid)
+        return found
 
     def _judge(self, pid: int, stranger: Stranger) -> Literal["kin", "theirs", "stray", "soon", "unproven"]:
         fields = _kernel.stat_fields(pid)
@@ -269,6 +272,16 @@ class Orphans:
             if known.start != _started(pid):
                 self._unjudged.add(pid)
             yield
+        yield from self._judge_the_new(complete=complete)
+        if self._grace < math.inf and _kernel.look_any() is not None:
+            yield from self._look_at_the_dead()
+        if self._service.closing and self._is_last:
+            for watch in list(self._strays):  # what they have started will have to be ended too
+                if _kernel.mark(watch.record.pid, self.number):
+                    self.claim(watch.record.pid)
+                yield
+
+    def _judge_the_new(self, *, complete: bool) -> Iterator[None]:
         undecided = not complete  # it may lack somebody
         strays: dict[int, Stranger] = {}
         for pid in list(self._unjudged):
@@ -299,13 +312,6 @@ class Orphans:
             if pid in owners or self._take(pid, stranger, self._strays):
                 self._unjudged.discard(pid)
             yield
-        if self._grace < math.inf and _kernel.look_any() is not None:
-            yield from self._look_at_the_dead()
-        if self._service.closing and self._is_last:
-            for watch in list(self._strays):  # what they have started will have to be ended too
-                if _kernel.mark(watch.record.pid, self.number):
-                    self.claim(watch.record.pid)
-                yield
 
     def _now(self) -> float:
         try:

@@ -16,6 +16,7 @@ it whether or not the task that asked is still there; and where the loop is gone
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -37,15 +38,16 @@ if TYPE_CHECKING:
 _THREADS: Final = 4
 
 
-class _Marked(subprocess.Popen[bytes]):
-    """Marks its child in the moment in which it learns the pid.
+class _Claimed(subprocess.Popen[bytes]):
+    """Claims its child for a subreaper in the moment in which it learns the pid.
 
     That is before it reads whether the exec failed, for which it gives the GIL up; to get it back may take longer than
     a shell takes to leave an orphan behind and end.
     """
 
-    def __init__(self, command: Any, number: int, **options: Any) -> None:
-        self._number = number
+    def __init__(self, command: Any, orphans: Orphans, **options: Any) -> None:
+        self._orphans = orphans
+        self.late = False  # whether the child had started others before it was marked, or may have: it had ended
         super().__init__(command, **options)
 
     @property
@@ -57,7 +59,9 @@ class _Marked(subprocess.Popen[bytes]):
     def pid(self, pid: int) -> None:
         self.__dict__["pid"] = pid
         if pid:
-            _kernel.mark(pid, self._number)
+            self.late = self._orphans.claim(pid)
+            with contextlib.suppress(OSError):
+                self.late |= _kernel.look(pid) is not None
 
 
 class Start:
@@ -69,6 +73,7 @@ class Start:
         self.command = command
         self.options = options
         self.orphans = orphans  # of a subreaper
+        self.late = False  # see _Claimed
         self.pid = -1
         self.pipes: dict[str, int] = {}
         self.error: BaseException | None = None
@@ -95,9 +100,8 @@ class Start:
             if self.orphans is None:
                 popen = subprocess.Popen(self.command, bufsize=0, **options)
             else:
-                popen = _Marked(self.command, self.orphans.number, bufsize=0, **options)
-                # What it has started before it was marked. Here, for the loop may take its time, and it may end.
-                self.orphans.claim(popen.pid)
+                popen = claimed = _Claimed(self.command, self.orphans, bufsize=0, **options)
+                self.late = claimed.late
             self.pid = popen.pid
             # The reaper collects it. A Popen that thinks its child runs would do so too, whenever it is thrown away
             # and another one is made (subprocess._cleanup), and hit whoever has the pid then.
