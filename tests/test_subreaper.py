@@ -881,7 +881,8 @@ async def test_each_proof_is_enough(source: Any, nest: Nest, proof: str, monkeyp
         await nest.start(reaper, f"read x; {'env -i ' * (proof == 'mark')} sleep 3600 & echo $!; read x")
         nest.say()
         (pid,) = nest.hear()
-        await until(lambda: Path(f"/proc/{pid}/comm").read_bytes() == b"sleep\n")
+        # In the middle of the exec it has its new name, and no environment yet
+        await until(lambda: Path(f"/proc/{pid}/comm").read_bytes() == b"sleep\n" and _kernel.has_arguments(pid))
         environment = _kernel.environment_of(pid)
         assert environment is not None
         assert (_orphans.VARIABLE.encode() in environment) is (proof == "tag")
@@ -1066,7 +1067,8 @@ async def test_orphan_that_is_handed_in(source: Any, nest: Nest) -> None:
     async with anyreap.open_reaper(source=source, subreaper=True, shutdown=PATIENT) as reaper:
         await nest.start(reaper, f"{LEAVES_ONE}; {LEAVES_ONE}")
         first, second = nest.hear(2)
-        await until(lambda: sum(watch.orphan for watch in reaper._service.watches) == 2)
+        # They are ours before the shell that left them can be collected
+        await until(lambda: [watch.orphan for watch in reaper._service.watches] == [True, True])
         assert reaper.statistics().watched == 0
         child = reaper.watch(first)
         assert reaper.watch(first) is child
@@ -1371,6 +1373,7 @@ async def test_many_orphans(source: Any, nest: Nest, request: pytest.FixtureRequ
     # Counted, and in no sets: with so many, a number may come round again.
     orphans: list[int] = []
     others = 0
+    late = 0.0
     async with anyreap.open_reaper(source=source, subreaper=True, orphan_grace=grace, heartbeat=0.5) as reaper:
         with reaper.exits() as exits:
             for number in range(total // family):
@@ -1379,7 +1382,9 @@ async def test_many_orphans(source: Any, nest: Nest, request: pytest.FixtureRequ
                     await nest.start(reaper, shlex.join(command))
                 else:
                     reaper.watch(nest.start_foreign(shlex.join(command)))
-                await anyio.sleep(seconds / (total / family))
+                due = anyio.current_time() + seconds / (total / family)
+                await anyio.sleep_until(due)
+                late = max(late, anyio.current_time() - due)
             with anyio.fail_after(60):
                 while len(orphans) + others < total + total // family:
                     status = await exits.receive()
@@ -1393,6 +1398,8 @@ async def test_many_orphans(source: Any, nest: Nest, request: pytest.FixtureRequ
     assert others == total // family
     assert reaper.statistics().orphans_reaped == total
     assert [popen.wait() for popen in foreign] == list(range(100))
-    # Only those of foreign children may have to wait for the grace; and a bit.
-    if full:
+    # Only those of foreign children may have to wait for the grace; and a bit. That is a number of seconds, so it says
+    # something only where this loop got the processor when it wanted it: that the reaper leaves it to the loop is
+    # tested elsewhere.
+    if full and late < 0.1:
         assert int(said) <= total / seconds * (grace + 0.5)
