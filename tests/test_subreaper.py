@@ -479,8 +479,10 @@ async def test_orphans_that_die_are_collected_soon(source: Any, nest: Nest, how:
     """
     rng = random.Random(1)
     codes = [rng.randrange(256) for _ in range(40)]
-    # They wait until they are orphans: a shell collects its own children while it runs.
-    script = "".join(f"(read x; sleep 0.{rng.randrange(1, 30):02}; exit {code}) <&0 & echo $!\n" for code in codes)
+    # They wait until they are orphans: a shell collects its own children while it runs. Not at <&0, which is /dev/null
+    # by then: a shell gives its children in the background that one first (POSIX, 2.9.3), and then redirects.
+    jobs = (f"(read x; sleep 0.{rng.randrange(1, 30):02}; exit {code}) <&3 & echo $!\n" for code in codes)
+    script = "exec 3<&0\n" + "".join(jobs)
     async with anyreap.open_reaper(source=source, subreaper=True, orphan_grace=math.inf) as reaper:
         exits = reaper.exits()
         middle = await nest.start(reaper, script, how)
@@ -1154,6 +1156,10 @@ def test_list_of_children_is_that_of_the_kernel() -> None:
     assert complete
     stop.set()
     thread.join()
+    deadline = time.monotonic() + 20  # to Python it has ended a moment before it has to the kernel
+    while Path(f"/proc/self/task/{thread.native_id}").exists():
+        assert time.monotonic() < deadline
+        os.sched_yield()
     assert _kernel.children() == ({mine: True, theirs[0]: True}, True)
     end(theirs[0])
     assert collect(mine) == 0
