@@ -57,9 +57,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--all"):
         for item in items:
             params = getattr(getattr(item, "callspec", None), "params", {})
-            # The subreaper is an experiment still: on a busy machine one of its tests in a thousand fails.
-            if item.path.name == "test_subreaper.py":
-                left_out.add(item)
             if params.get("pidfds") == "no-pidfds" and str(params.get("host")) in ("trio-pidfd", "asyncio-pidfd"):
                 left_out.add(item)
     if part := config.getoption("--part"):

@@ -500,20 +500,21 @@ def ticks_in(seconds: float) -> int:
     return -int(-seconds * _TICKS // 1)
 
 
-def children() -> tuple[dict[int, bool], bool]:
+def children() -> tuple[dict[int, bool | None], bool]:
     """List our children, zombies too.
 
     Returns:
-        Their pids, each with whether the first thread is its parent; and whether the list is complete. The kernel
-        walks while others change: where a child is collected, or a thread ends, the walk may skip somebody. If what
-        was listed first still stands in front, in the same order, when it is listed again, nothing of that happened.
+        Their pids, each with whether the first thread is its parent (None: unknown); and whether the list is complete.
+        The kernel walks while others change: where a child is collected, or a thread ends, the walk may skip somebody.
+        If what was listed first still stands in front, in the same order, when it is listed again, nothing of that
+        happened.
     """
     first, again = _children_by_thread("self"), _children_by_thread("self")
     if not again:  # a kernel without CONFIG_PROC_CHILDREN
-        return dict.fromkeys(_children_by_scan(), True), True
+        return dict.fromkeys(_children_by_scan()), True
     complete = first.keys() == again.keys() and all(again[task].startswith(first[task]) for task in first)
     main = str(os.getpid())
-    found = {}
+    found: dict[int, bool | None] = {}
     for listed in (again,) if complete else (first, again):
         for task, line in listed.items():
             found.update(dict.fromkeys(map(int, line.split()), task == main))
@@ -586,6 +587,17 @@ def environment_of(pid: int) -> bytes | None:
             return file.read()
     except OSError:
         return None
+
+
+def has_arguments(pid: int) -> bool:
+    """Whether a process shows arguments. Each one that lives has some, but in the middle of its exec: the kernel shows
+    neither them nor the environment before the new program is in place (mm->env_end).
+    """
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            return bool(file.read(1))
+    except OSError:
+        return False
 
 
 def fd_budget() -> int:

@@ -59,26 +59,30 @@ _MARGIN: Final = 2.0
 # When to judge again who can't be judged yet, in seconds.
 _SOON: Final = 0.01
 
-# How often an environment that is empty is read again: it is while a process is in the middle of its exec.
+# How often an environment that is empty is read again. It is empty while a process is in the middle of its exec, which
+# takes as long as the disk and the scheduler like. No arguments are shown then either, so that case gets a time, in
+# seconds. One exec may follow another between the two readings, so the rest gets a few readings as well.
 _READINGS: Final = 3
+_EXEC: Final = 5.0
 
 
 class Stranger:
     """A child of this process that nobody has handed in."""
 
-    __slots__ = ("dead_since", "first", "lacked", "owner", "readings", "start")
+    __slots__ = ("dead_since", "exec_since", "first", "lacked", "owner", "readings", "start")
 
-    def __init__(self, lacked: int, *, first: bool) -> None:
+    def __init__(self, lacked: int, *, first: bool | None) -> None:
         self.lacked = lacked  # when the last list was made that did not have it; -1: unknown
-        self.first = first  # whether it is the first thread's: an orphan is given to that one
+        self.first = first  # whether it is the first thread's: an orphan is given to that one; None: unknown
         self.start = -1
         self.readings = 0
+        self.exec_since: float | None = None
         self.dead_since: float | None = None
         self.owner: weakref.ref[Any] | None = None
 
     def is_older_than_its_list(self) -> bool:
         """Whether it lived, and was no child of ours, when the last list was made that did not have it."""
-        return self.first and 0 <= self.start <= self.lacked - _kernel.ticks_in(_MARGIN)
+        return self.first is not False and 0 <= self.start <= self.lacked - _kernel.ticks_in(_MARGIN)
 
 
 class Orphans:
@@ -163,16 +167,19 @@ class Orphans:
         tagged = f"{tags} {self.token}.{self._started}".strip()
         return self._started, {**(os.environ if env is None else env), VARIABLE: tagged}
 
-    def claim(self, pid: int) -> None:
-        """Mark a child, and the descendants that it has."""
+    def claim(self, pid: int) -> bool:
+        """Mark a child, and the descendants that it has, from any thread. True if one of these was not marked yet."""
         # Marked first, then asked for its children: those that it starts after that inherit the mark. So a descendant
         # that is marked already was dealt with, and however fast they fork, this ends.
         _kernel.mark(pid, self.number)
         todo = _kernel.children_of(pid)
+        found = False
         while todo:
             pid = todo.pop()
             if _kernel.mark(pid, self.number):
+                found = True
                 todo += _kernel.children_of(pid)
+        return found
 
     def _judge(self, pid: int, stranger: Stranger) -> Literal["kin", "theirs", "stray", "soon", "unproven"]:
         fields = _kernel.stat_fields(pid)
@@ -186,22 +193,32 @@ class Orphans:
             stranger.dead_since = None
         stranger.start = start
         # It may be the very child that is being started, which has the mark too, and the tag of a start that goes on.
-        starting = start >= min(list(registry.starts.values()), default=math.inf)
+        # But that is the child of the thread that starts it: what was given to the first one was left behind by it, and
+        # may die before the start is over.
+        starting = stranger.first is not True and start >= min(list(registry.starts.values()), default=math.inf)
         mark = _kernel.mark_of(pid)
         if mark == self.number and not starting:
             return "kin"
         environment = _kernel.environment_of(pid)
         tags = _tags(environment)
-        if self.token in tags and tags[self.token] not in self.starting:
+        if self.token in tags and (stranger.first is True or tags[self.token] not in self.starting):
             return "kin"
         if starting:
             return "soon"
         if any(mark == other.number or other.token in tags for other in _open):
             return "theirs"  # that reaper will find it, unless it is closed before
-        if stranger.is_older_than_its_list():
-            return "stray"
-        stranger.readings += 1
-        return "soon" if environment == b"" and stranger.readings < _READINGS else "unproven"
+        if environment == b"" and fields[0] not in "ZXx" and self._shows_more_soon(pid, stranger):
+            return "soon"
+        return "stray" if stranger.is_older_than_its_list() else "unproven"
+
+    def _shows_more_soon(self, pid: int, stranger: Stranger) -> bool:
+        if _kernel.has_arguments(pid):
+            stranger.readings += 1
+            return stranger.readings < _READINGS
+        now = self._now()
+        if stranger.exec_since is None:
+            stranger.exec_since = now
+        return now < stranger.exec_since + _EXEC
 
     # Looking ------------------------------------------------------------------------------------------------------
 
@@ -250,12 +267,22 @@ class Orphans:
         self._pause_until = min(now + max(spent / _SHARE, _PAUSE), self._beat_at)
 
     def _look(self, *, thorough: bool) -> Iterator[None]:
-        self._list()
+        complete = self._list()
         for pid, known in list(self._strangers.items()) if thorough else ():
             if known.start != _started(pid):
                 self._unjudged.add(pid)
             yield
-        undecided = False
+        yield from self._judge_the_new(complete=complete)
+        if self._grace < math.inf and _kernel.look_any() is not None:
+            yield from self._look_at_the_dead()
+        if self._service.closing and self._is_last:
+            for watch in list(self._strays):  # what they have started will have to be ended too
+                if _kernel.mark(watch.record.pid, self.number):
+                    self.claim(watch.record.pid)
+                yield
+
+    def _judge_the_new(self, *, complete: bool) -> Iterator[None]:
+        undecided = not complete  # it may lack somebody
         strays: dict[int, Stranger] = {}
         for pid in list(self._unjudged):
             record = registry.find(pid)
@@ -275,22 +302,16 @@ class Orphans:
                 strays[pid] = stranger
             elif verdict == "soon":
                 undecided = True
-                self._again_at = self._now() + _SOON
             yield
         self.undecided = undecided
+        if undecided:
+            self._again_at = self._now() + _SOON
         # That a list is complete is as sure as the kernel's word for it. A Popen that says otherwise is believed.
         owners = owners_of(strays)
         for pid, stranger in strays.items():
             if pid in owners or self._take(pid, stranger, self._strays):
                 self._unjudged.discard(pid)
             yield
-        if self._grace < math.inf and _kernel.look_any() is not None:
-            yield from self._look_at_the_dead()
-        if self._service.closing and self._is_last:
-            for watch in list(self._strays):  # what they have started will have to be ended too
-                if _kernel.mark(watch.record.pid, self.number):
-                    self.claim(watch.record.pid)
-                yield
 
     def _now(self) -> float:
         try:
@@ -298,7 +319,8 @@ class Orphans:
         except RuntimeError:  # the loop is gone, and the block is being thrown away: nothing comes later
             return 0.0
 
-    def _list(self) -> None:
+    def _list(self) -> bool:
+        """List the children, and note who is new. False if the list may lack somebody."""
         # All of it in one piece. Another look may be going on: the ladder has its own.
         now = _kernel.ticks()
         listed, complete = _kernel.children()
@@ -310,6 +332,7 @@ class Orphans:
             for pid in self._strangers.keys() - listed.keys():
                 del self._strangers[pid]
             self._listed_at = now
+        return complete
 
     def _look_at_the_dead(self) -> Iterator[None]:
         now = self._now()

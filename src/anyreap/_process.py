@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+from collections import deque
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -298,8 +299,12 @@ async def start_process(
             elif service.returned and not late:
                 made[0].close_pipes()  # as those that were there when the body returned
         service.end_start(number)
+        if start.late and service.orphans is not None and not service.closed:
+            # What it left behind before it was marked has only its tag, which goes when it dies. So it is looked for
+            # before anybody is told of the start. Out of turn: it is rare, for it takes a thread that was put aside.
+            deque(service.orphans.look(), maxlen=0)
 
-    start = Start(command, options, taken, None if service.orphans is None else service.orphans.number)
+    start = Start(command, options, taken, service.orphans)
     service.starting.add(start)
     try:
         service.spawner.submit(start)

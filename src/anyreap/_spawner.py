@@ -16,6 +16,7 @@ it whether or not the task that asked is still there; and where the loop is gone
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -32,18 +33,47 @@ from anyreap._registry import registry
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from anyreap._orphans import Orphans
+
 _THREADS: Final = 4
+
+
+class _Claimed(subprocess.Popen[bytes]):
+    """Claims its child for a subreaper in the moment in which it learns the pid.
+
+    That is before it reads whether the exec failed, for which it gives the GIL up; to get it back may take longer than
+    a shell takes to leave an orphan behind and end.
+    """
+
+    def __init__(self, command: Any, orphans: Orphans, **options: Any) -> None:
+        self._orphans = orphans
+        self.late = False  # whether the child had started others before it was marked, or may have: it had ended
+        super().__init__(command, **options)
+
+    @property
+    def pid(self) -> int:
+        """The child's."""
+        return self.__dict__["pid"]  # type: ignore[no-any-return]
+
+    @pid.setter
+    def pid(self, pid: int) -> None:
+        self.__dict__["pid"] = pid
+        if pid:
+            self.late = self._orphans.claim(pid)
+            with contextlib.suppress(OSError):
+                self.late |= _kernel.look(pid) is not None
 
 
 class Start:
     """One start: what to start, and what came of it."""
 
     def __init__(
-        self, command: Any, options: dict[str, Any], taken: Callable[[Start], None], mark: int | None = None
+        self, command: Any, options: dict[str, Any], taken: Callable[[Start], None], orphans: Orphans | None = None
     ) -> None:
         self.command = command
         self.options = options
-        self.mark = mark  # for a subreaper, see _orphans
+        self.orphans = orphans  # of a subreaper
+        self.late = False  # see _Claimed
         self.pid = -1
         self.pipes: dict[str, int] = {}
         self.error: BaseException | None = None
@@ -66,9 +96,12 @@ class Start:
                     self.pipes[name] = read if read_is_ours else write
                     options[name] = write if read_is_ours else read
                     theirs.append(options[name])
-            popen = subprocess.Popen(self.command, bufsize=0, **options)
-            if self.mark is not None:  # here, as soon as can be: what it has started before is not marked
-                _kernel.mark(popen.pid, self.mark)
+            popen: subprocess.Popen[bytes]
+            if self.orphans is None:
+                popen = subprocess.Popen(self.command, bufsize=0, **options)
+            else:
+                popen = claimed = _Claimed(self.command, self.orphans, bufsize=0, **options)
+                self.late = claimed.late
             self.pid = popen.pid
             # The reaper collects it. A Popen that thinks its child runs would do so too, whenever it is thrown away
             # and another one is made (subprocess._cleanup), and hit whoever has the pid then.
