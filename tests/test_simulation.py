@@ -360,16 +360,15 @@ class World(RuleBasedStateMachine):
     def beat(self) -> None:
         """Time for a heartbeat passes. Then everything must have been told that there is to tell (E7)."""
         self.steps.settle()
+        ended = {process for process in self.lives if process.state != "running" and not process.traced}
+        left = {block for block in self.blocks if block.left}
         self.steps.pass_time(1.25)
         for life in self.lives.values():
             healthy = [block for block in life.asked if not block.left and not block.failed]
-            process = life.process
-            if any(life.asked[block] for block in healthy) and not self.excused(life):
-                assert process.state != "zombie" or process.traced, f"{process} is left uncollected"
+            if life.process in ended and any(life.asked[block] for block in healthy) and not self.excused(life):
+                assert life.process.state == "gone", f"{life.process} is left uncollected"
         for waiter in self.waiters:
-            process = waiter.life.process
-            if process.state == "gone" or (process.state == "zombie" and not process.traced) or waiter.block.left:
-                assert waiter.outcome, f"nobody has told {waiter}"
+            assert waiter.outcome or not (waiter.life.process in ended or waiter.block in left), f"untold: {waiter}"
 
     def excused(self, life: Life) -> bool:
         """Whether the kernel has refused an answer about a child: no promise holds for that one then."""
