@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import os
 import resource
 import signal
@@ -314,7 +315,7 @@ def simulated(kernel: Kernel) -> Iterator[Kernel]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_kernel, "os", _Module(os, **{name: getattr(kernel, name) for name in calls}))
         patch.setattr(_kernel, "signal", _Module(signal, pidfd_send_signal=kernel.pidfd_send_signal))
-        patch.setattr(_kernel, "fcntl", _Module(_kernel.fcntl, ioctl=kernel.ioctl))
+        patch.setattr(_kernel, "fcntl", _Module(fcntl, ioctl=kernel.ioctl))
         patch.setattr(_kernel, "stat_fields", kernel.stat_fields)
         patch.setattr(_kernel, "fd_budget", lambda: kernel.budget)
         patch.setattr(_kernel, "_usable", kernel.pidfds)

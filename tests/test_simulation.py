@@ -30,22 +30,19 @@ from hypothesis.stateful import (
 )
 
 import anyreap
-from anyreap import _kernel, _loop
+from anyreap import _loop
 from anyreap._finder import Finder
-from anyreap._registry import Answer, Link, Registry, registry
-from anyreap._table import State
+from anyreap._registry import Answer, Link, Registry
 from tests import harness
 from tests.simkernel import Kernel, Process, simulated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from anyreap._table import Record
-
 THOROUGH = bool(os.environ.get("ANYREAP_THOROUGH"))
 
 
-# Any order: a machine that acts between any two steps of trio -----------------------------------------------------------
+# Any order: a machine that acts between any two steps of trio ---------------------------------------------------------
 
 
 class Steps:
@@ -58,8 +55,8 @@ class Steps:
 
     def __init__(self) -> None:
         self.clock = trio.testing.MockClock()
-        self._runner = trio._core._run.setup_runner(self.clock, [], False, True)  # type: ignore[attr-defined]
-        self._run = trio._core._run.unrolled_run(self._runner, self._main, ())  # type: ignore[attr-defined]
+        self._runner = trio._core._run.setup_runner(self.clock, [], False, True)
+        self._run = trio._core._run.unrolled_run(self._runner, self._main, ())
         self._events: Any = None
         self.settle()
 
@@ -191,7 +188,7 @@ class World(RuleBasedStateMachine):
             self.begin(how, waits=True, deaf=False)
 
     def judge(self, call: str, process: Process | None) -> None:
-        """Nobody is collected who was not handed in for it. (An error here would only make the service fail.)"""
+        """Nobody is collected who was not handed in for it. An error here would only make the service fail."""
         if call == "wait4" and process is not None and not any(self.lives[process].asked.values()):
             self.wrong.append(f"{process} was collected")
 
@@ -287,11 +284,13 @@ class World(RuleBasedStateMachine):
                 life.owned.add(block)
             else:
                 child = block.reaper.watch(process.pid, reap=how == "reap")
-        except OSError as exc:
+        except anyreap.NotAChild:
             life.asked = before
-            if len(self.kernel.failed) == troubles:
-                assert isinstance(exc, anyreap.NotAChild)
-                assert not process.child
+            assert not process.child or len(self.kernel.failed) > troubles
+            return False
+        except OSError:
+            life.asked = before
+            assert len(self.kernel.failed) > troubles
             return False
         assert process.child
         self.children.append((life, block, child))
@@ -379,7 +378,7 @@ class World(RuleBasedStateMachine):
 
     @invariant()
     def nobody_else_is_collected(self) -> None:
-        """Promise 3, the first half."""
+        """Promise 3, for the collecting."""
         assert not self.wrong
         for life in self.lives.values():
             life.asked = {block: reap for block, reap in life.asked.items() if not block.left}
@@ -439,7 +438,7 @@ def test_anything_in_any_order() -> None:
     run_state_machine_as_test(
         World,
         settings=settings(
-            max_examples=5000 if THOROUGH else 60,
+            max_examples=5000 if THOROUGH else 100,
             stateful_step_count=60,
             deadline=None,
             derandomize=not THOROUGH,  # a red run in CI is the same one at home
@@ -450,7 +449,7 @@ def test_anything_in_any_order() -> None:
     )
 
 
-# Every point in turn: one life of a reaper, disturbed once ----------------------------------------------------------
+# Every point in turn: one life of a reaper, disturbed once ------------------------------------------------------------
 
 
 class Boom(Exception):
@@ -489,7 +488,7 @@ class Story:
         with simulated(self.kernel), pytest.MonkeyPatch.context() as patch:
             patch.setattr(_loop.TrioLoop, "wait", fuse("wait"))
             patch.setattr(_loop.TrioLoop, "checkpoint", fuse("checkpoint"))
-            trio._core._run._r.seed(0)  # type: ignore[attr-defined]
+            trio._core._run._r.seed(0)
             trio.run(self._tell, clock=trio.testing.MockClock(autojump_threshold=0))
         return self
 
@@ -580,13 +579,13 @@ def in_service() -> bool:
         return False
 
 
-def at(number: int, act: Callable[[], None], *, service: bool = False) -> Callable[[str], None]:
-    """What does something at the n-th point, once."""
+def at(number: int, act: Callable[[], None], *, service: bool = False, calls: bool = False) -> Callable[[str], None]:
+    """What does something at the n-th point, once; of those at which the service runs, or of the system calls."""
     left = number
 
     def disturb(point: str) -> None:
         nonlocal left
-        if not service or in_service():
+        if (in_service() or not service) and not (calls and point in ("before", "after")):
             left -= 1
             if left == -1:
                 act()
@@ -636,11 +635,11 @@ def test_any_errno_at_any_call(source: Any, number: int) -> None:
     """Each system call of a reaper's life fails in turn with an errno that it does not expect: nobody is told what is
     not true, nobody waits for ever, and all is put back (N3, G6, B14).
     """
-    for index in range(len(points_of(source))):
+    calls = [point for point in points_of(source) if point not in ("before", "after")]
+    for index in range(len(calls)):
         exc = OSError(number, os.strerror(number))
-        hit = at(index, throws(exc))
-        story = Story(source, lambda point, hit=hit: None if point in {"before", "after"} else hit(point)).run()
-        story.check(exc)
+        disturb = at(index, throws(exc), calls=True)
+        Story(source, disturb).run().check(exc)
 
 
 class Race(Story):
@@ -712,7 +711,9 @@ class Race(Story):
         }
 
 
-KERNELS = pytest.mark.parametrize("kernel", [Kernel(), Kernel(remembers=False), Kernel(pidfds=False)], ids=["new", "old", "bare"])
+KERNELS = pytest.mark.parametrize(
+    "kernel", [Kernel(), Kernel(remembers=False), Kernel(pidfds=False)], ids=["new", "old", "bare"]
+)
 
 
 @SOURCES
@@ -775,7 +776,7 @@ def test_theft_at_any_point(source: Any, kernel: Kernel) -> None:
     assert seen == known  # where it is not known, the glimpse before the collection is what tells
 
 
-# Scale ------------------------------------------------------------------------------------------------------------------
+# Scale ----------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(eq=False)
@@ -834,12 +835,12 @@ def test_million_children() -> None:
     try:
         alone = cost_of_an_exit(10)
         assert max(sum(calls.values()) for calls in alone) < 10
-        assert cost_of_an_exit(1_000_000 if THOROUGH else 100_000) == alone
+        assert cost_of_an_exit(1_000_000) == alone
     finally:
         gc.enable()
 
 
-# Agreement: the same acts, with real children and with the kernel that is played ----------------------------------------
+# Agreement: the same acts, with real children and with the kernel that is played --------------------------------------
 
 
 class Actor(Protocol):
@@ -922,7 +923,9 @@ async def play(seed: int, source: Any, spawn: Callable[[], Actor]) -> list[str]:
     async with anyreap.open_reaper(source=source, heartbeat=0.02) as reaper:
         for _ in range(16):
             actor, reap = spawn(), dice.random() < 0.7
-            what = dice.choice(["exit", "exit first", "killed", "hang up", "terminate", "stop", "steal", "steal", "stay"])
+            what = dice.choice(
+                ["exit", "exit first", "killed", "hang up", "terminate", "stop", "steal", "steal", "stay"]
+            )
             if what == "exit first":
                 actor.exit(dice.randrange(256))
             child = reaper.watch(actor.pid, reap=reap)
