@@ -659,7 +659,7 @@ class Race(Story):
         began = trio.current_time()
         async with (
             # So long that whatever the heartbeat has to find takes more than a second.
-            anyreap.open_reaper(source=self.source, heartbeat=3600) as reaper,
+            anyreap.open_reaper(source=self.source, heartbeat=10) as reaper,
             trio.open_nursery() as nursery,
         ):
             self._hand_in(reaper, other, nursery, reap=True)
@@ -689,14 +689,14 @@ class Race(Story):
                 self.outcomes.append(exc)
 
     def race(self, act: Callable[[], None]) -> Iterator[str]:
-        """Live it once for each point that it has, with something else happening at that point."""
+        """Live it once for each point up to the child's collection, with something else happening at that point."""
         number, reached = 0, True
         while reached:
             reached = False
 
             def act_once() -> None:
                 nonlocal reached
-                if self.child.state == "running":
+                if self.child.state != "gone":
                     reached = True
                     act()
 
@@ -731,7 +731,7 @@ KERNELS = pytest.mark.parametrize(
 def test_exit_at_any_point(source: Any, kernel: Kernel) -> None:
     """A child exits at any await, or between any two system calls: no wake-up is lost (B1, B2, B3)."""
     race = Race(source, kernel=kernel)
-    for point in race.race(lambda: race.kernel.end(race.child, code=6)):
+    for point in race.race(lambda: race._exit(race.child, 6)):
         assert race.child.taker == "anyreap", point
         assert race.statuses() == {6}, point
         assert len(race.outcomes) == 3, point
@@ -747,7 +747,7 @@ def test_exit_and_cancellation_at_any_point(source: Any, kernel: Kernel) -> None
     """
 
     def both() -> None:
-        race.kernel.end(race.child, code=6)
+        race._exit(race.child, 6)
         race.scope.cancel()
 
     race = Race(source, kernel=kernel)
@@ -768,7 +768,7 @@ def test_theft_at_any_point(source: Any, kernel: Kernel, heir: str) -> None:
     def steal() -> None:
         if not race.watched:  # else it would be the next one that is handed in
             return
-        race.kernel.end(race.child, code=6)
+        race._exit(race.child, 6)
         race.kernel.steal(race.child)
         if heir != "none":
             victim = heir_of(race.kernel, race.child)
@@ -823,6 +823,38 @@ def test_signal_never_hits_who_has_the_number_now(child: bool, numbered: bool, p
         assert heir.signals == second.signals == []
 
     kernel = Kernel(range(300, 306), pidfds=pidfds, numbered=numbered, budget=budget)
+    with simulated(kernel):
+        trio.run(main)
+
+
+class Sandboxed(Kernel):
+    """A sandbox, set up after the library has looked what there is, that knows no waiting for a pidfd."""
+
+    def waitid(self, kind: int, number: int, flags: int) -> os.waitid_result | None:
+        """`man 2 waitid`, but for P_PIDFD."""
+        if kind == os.P_PIDFD:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return super().waitid(kind, number, flags)
+
+
+def test_number_of_a_stolen_child_in_a_sandbox() -> None:
+    """Where a child must be looked at by its number, though it has a pidfd, who has that number next is not collected
+    in its place, and the pidfd still tells how it has ended (G6, K3).
+    """
+
+    async def main() -> None:
+        async with anyreap.open_reaper(source="pidfd") as reaper:
+            process = kernel.spawn()
+            child = reaper.watch(process.pid)
+            kernel.end(process, code=6)
+            kernel.steal(process)
+            heir = heir_of(kernel, process)
+            kernel.end(heir, code=77)
+            assert (await child.wait()).returncode == 6
+            assert heir.state == "zombie"
+            kernel.steal(heir)
+
+    kernel = Sandboxed()
     with simulated(kernel):
         trio.run(main)
 
