@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pytest
 import trio._core._run
 
-from anyreap import _kernel, _registry, _service
+from anyreap import _kernel, _registry, _service, _shutdown
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -321,9 +321,11 @@ def simulated(kernel: Kernel) -> Iterator[Kernel]:
         patch.setattr(_kernel, "_usable", kernel.pidfds)
         patch.setattr(_kernel, "_numbered", kernel.numbered)
         patch.setattr(_registry, "os", _Module(os, close=kernel.close))
-        # What depends on how fast this machine is would make two runs differ: the service lets others run after each
-        # child, and trio's tasks run in an order that a seed decides.
+        # Two runs must not differ by how fast this machine is, or by where in memory an object is: others run after each
+        # child, sets have an order, and trio's tasks run in one that a seed decides.
         patch.setattr(_service, "_SLICE", -1.0)
+        patch.setattr(_shutdown, "_SLICE", -1.0)
+        patch.setattr(_service.Watch, "__hash__", lambda watch: watch.record.pid)
         patch.setattr(trio._core._run, "_ALLOW_DETERMINISTIC_SCHEDULING", True)
         try:
             yield kernel
