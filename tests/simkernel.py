@@ -321,8 +321,8 @@ def simulated(kernel: Kernel) -> Iterator[Kernel]:
         patch.setattr(_kernel, "_usable", kernel.pidfds)
         patch.setattr(_kernel, "_numbered", kernel.numbered)
         patch.setattr(_registry, "os", _Module(os, close=kernel.close))
-        # Two runs must not differ by how fast this machine is, or by where in memory an object is: others run after each
-        # child, sets have an order, and trio's tasks run in one that a seed decides.
+        # Two runs must not differ by how fast this machine is, or by where in memory an object is: others run after
+        # each child, sets have an order, and trio's tasks run in one that a seed decides.
         patch.setattr(_service, "_SLICE", -1.0)
         patch.setattr(_shutdown, "_SLICE", -1.0)
         patch.setattr(_service.Watch, "__hash__", lambda watch: watch.record.pid)
