@@ -176,6 +176,10 @@ def look(pid: int, pidfd: int = -1) -> int | None:
         except OSError as exc:
             if exc.errno != errno.EINVAL:  # EINVAL: a sandbox that came after the probe
                 raise
+            # Then by number; but whose it is now, once the child was collected by somebody else, is not ours to take.
+            with contextlib.suppress(PermissionError):
+                if not _send_through(pidfd, 0):
+                    raise ChildProcessError(errno.ECHILD, os.strerror(errno.ECHILD)) from None
     try:
         return _raw(os.waitid(os.P_PID, pid, flags))
     except OverflowError:
