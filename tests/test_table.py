@@ -41,6 +41,10 @@ class Keeper:
         """Have it collected."""
         return True
 
+    def told_soon(self) -> int | None:
+        """What it will know."""
+        return None
+
     def told(self) -> int | None:
         """What it knows."""
         return None

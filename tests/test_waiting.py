@@ -1661,3 +1661,31 @@ async def test_popen_whose_poll_raises(source: Any, pidfds: bool) -> None:
             assert popen.returncode == 4
             assert [(await child.wait()).exit_code for child in others] == [3] * 99
         assert reaper.statistics().reaped == 100
+
+
+class Late(subprocess.Popen[bytes]):
+    """A Popen whose thread is put aside between the collection and the line that notes it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        self.collected = threading.Event()
+        super().__init__(*args, **options)
+
+    def _handle_exitstatus(self, *args: Any) -> None:
+        self.collected.set()
+        time.sleep(0.02)  # to be put aside is what takes time
+        super()._handle_exitstatus(*args)  # type: ignore[misc]
+
+
+async def test_popen_that_another_thread_is_about_to_note(source: Any) -> None:
+    """E10: handed in at the moment in which another thread's `wait` has its status and has not yet put it down: it is
+    as one that had been waited for before.
+    """
+    popen = Late(["/bin/sh", "-c", "exit 6"])
+    thread = threading.Thread(target=popen.wait)
+    thread.start()
+    async with anyreap.open_reaper(source=source) as reaper:
+        popen.collected.wait()
+        child = reaper.adopt(popen)
+        assert child.returncode == 6
+        assert (await child.wait()).exit_code == 6
+    thread.join()

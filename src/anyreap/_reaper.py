@@ -12,7 +12,7 @@ import anyio.lowlevel
 
 from anyreap import _kernel
 from anyreap._child import Child
-from anyreap._errors import StillRunning
+from anyreap._errors import NotAChild, StillRunning
 from anyreap._loop import protect_from_ki
 from anyreap._process import CompletedProcess, Process, check_leads_group, options_for, run, start_process
 from anyreap._registry import Link, keeper_of, registry
@@ -144,10 +144,14 @@ class Reaper:
         pid, keeper = keeper_of(child)
         code = keeper.told() if keeper is not None else None
         if code is not None:
-            over: Record[Link] = Record.over(pid, State.EXITED, status=ExitStatus(pid, code))
-            return Child._of(Watch(over, service, reap=reap))
+            return self._over(pid, code, reap=reap)
         with registry.lock:
-            record, changed = registry.enter(pid, keeper, service)
+            try:
+                record, changed = registry.enter(pid, keeper, service)
+            except NotAChild:
+                if keeper is None or (code := keeper.told_soon()) is None:
+                    raise
+                return self._over(pid, code, reap=reap)
             watch: Watch | None = registry.watch_of(record, service)
             if watch is None:
                 watch = Watch(record, service, reap=reap)
@@ -165,6 +169,11 @@ class Reaper:
         if changed:
             service.kick()
         return watch.child or Child._of(watch)
+
+    def _over(self, pid: int, code: int, *, reap: bool) -> Child:
+        """A child whose own object knows how it ended, and has collected it."""
+        over: Record[Link] = Record.over(pid, State.EXITED, status=ExitStatus(pid, code))
+        return Child._of(Watch(over, self._service, reap=reap))
 
     def adopt(self, child: AnyChild, *, shutdown: Shutdown | None = None) -> Child:
         """Watch a child, and own it: the block waits for its end, and ends it when the body fails or is cancelled.
@@ -612,7 +621,7 @@ def open_reaper(
             SIGCHLD where it can work (the main thread, trio or plain asyncio, not blocked, no handler installed
             from C), else pidfds.
         shutdown: The default policy for owned children, and that for orphans.
-        subreaper: An experiment still. Whether to collect orphaned descendants too (`man 2 PR_SET_CHILD_SUBREAPER`).
+        subreaper: Whether to collect orphaned descendants too (`man 2 PR_SET_CHILD_SUBREAPER`).
             Linux, with a /proc. The setting is put back by the last one. As PID 1, where orphans come anyway, it is not
             touched.
         orphan_grace: Seconds, 0 or more. How long a zombie that nobody handed in, and that is not proven an orphan, is

@@ -105,6 +105,15 @@ class PopenKeeper:
         """What it says."""
         return self._popen.returncode
 
+    def told_soon(self) -> int | None:
+        """What it says of a child that is gone, once another thread that is in its `wait` has put it down."""
+        # That thread has the status, holds this lock, and wants the GIL, which is let go of here. The bound is for a
+        # Popen that somebody has made anew.
+        lock = getattr(self._popen, "_waitpid_lock", None)
+        if lock is not None and lock.acquire(timeout=0.1):
+            lock.release()
+        return self._popen.returncode
+
     def tell(self, returncode: int) -> None:
         """Tell it what it can't find out any more."""
         self._popen.returncode = returncode
@@ -130,6 +139,10 @@ class ProcessKeeper:
     def told(self) -> int | None:
         """What it says, without asking the kernel: `exitcode` would collect."""
         return getattr(getattr(self._process, "_popen", None), "returncode", None)
+
+    def told_soon(self) -> int | None:
+        """The same: `multiprocessing` has no lock, and one thread that waits."""
+        return self.told()
 
     def tell(self, returncode: int) -> None:
         """Tell it what it can't find out any more."""
