@@ -25,7 +25,7 @@ help: ## list these commands
 demo: $(VENV)/.group-demo ## run examples/demo.py
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(VENV)/.group-test ## run the tests, in three processes; with ARGS: run pytest with these
+test: $(VENV)/.group-test ## run the tests, in four processes; with ARGS: run pytest with these
 	$(BIN)/python tests/run.py $(ARGS)
 
 scenarios: $(VENV)/.group-test ## print the acceptance scenarios, and the tests that cover each

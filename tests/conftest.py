@@ -57,6 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.getoption("--all"):
         for item in items:
             params = getattr(getattr(item, "callspec", None), "params", {})
+            if item.path.name == "test_site.py" and not any("test_site" in each for each in config.args):
+                left_out.add(item)  # a minute of a browser: `make browser`
             if params.get("pidfds") == "no-pidfds" and str(params.get("host")) in ("trio-pidfd", "asyncio-pidfd"):
                 left_out.add(item)
     if part := config.getoption("--part"):

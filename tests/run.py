@@ -1,8 +1,8 @@
-"""Runs the tests: all of them, in three processes side by side, or, with arguments, what pytest makes of these.
+"""Runs the tests: all of them, in four processes side by side, or, with arguments, what pytest makes of these.
 
 With the one argument --cov: all of them, and then says what they have not covered.
 
-Three pytests, each with every third test: most tests wait for a child more than they compute. The usual plugin for
+Four pytests, each with every fourth test: most tests wait for a child more than they compute. The usual plugin for
 that, pytest-xdist, has a second thread in each of its processes, which does not block SIGCHLD: what these tests mean to
 be blocked, coalesced, or delivered to a certain thread would be delivered to that one.
 """
@@ -16,7 +16,7 @@ import tempfile
 
 PYTEST = [sys.executable, "-m", "pytest"]
 COVERAGE = [sys.executable, "-m", "coverage"]
-PARTS = 3
+PARTS = 4
 
 
 def main(arguments: list[str]) -> int:
