@@ -16,7 +16,7 @@ CODE    := $(wildcard src tests examples bench)
 .DELETE_ON_ERROR:
 # Two pips in one venv would get in each other's way.
 .NOTPARALLEL:
-.PHONY: help demo test bench bench-full browser scenarios check docs format clean examples lowest dist-check FORCE
+.PHONY: help demo test bench bench-full browser soak scenarios check docs format clean examples lowest dist-check FORCE
 
 help: ## list these commands
 	@echo 'make <command> [ARGS="..."] [PYTHON=python3]'
@@ -27,6 +27,9 @@ demo: $(VENV)/.group-demo ## run examples/demo.py
 
 test: $(VENV)/.group-test ## run the tests, in four processes; with ARGS: run pytest with these
 	$(BIN)/python tests/run.py $(ARGS)
+
+soak: $(VENV)/.group-test ## mixed work with every status checked, a minute; SOAK_S=900 for a million children
+	$(BIN)/python -m tests.soak
 
 scenarios: $(VENV)/.group-test ## print the acceptance scenarios, and the tests that cover each
 	$(BIN)/python -m tests.scenarios
